@@ -1,0 +1,33 @@
+"""Fused Mixture-of-Experts and delta-rule layers for unmodified PyTorch models.
+
+    torch.compile(model, backend="inductor_moe")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from inductor_moe.explanation import explain
+    from inductor_moe.report import Report, Site, reports
+
+__version__ = "0.1.0"
+
+# Resolved on first use, so that importing the package costs nothing.
+_HOME = {
+    "Report": "inductor_moe.report",
+    "Site": "inductor_moe.report",
+    "explain": "inductor_moe.explanation",
+    "reports": "inductor_moe.report",
+}
+
+__all__ = ["Report", "Site", "__version__", "explain", "reports"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'inductor_moe' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,266 @@
+"""Every private PyTorch API the package touches, by feature detection (torch 2.11 to 2.15)."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+GraphPass = Callable[[fx.Graph], None]
+
+
+def compile_fx(
+    gm: fx.GraphModule,
+    example_inputs: Any,
+    config_patches: Mapping[str, Any],
+    inner_compile: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Inductor's own compile of a Dynamo graph, with config patches and our decompositions."""
+    from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
+
+    extra = {} if inner_compile is None else {"inner_compile": inner_compile}
+    return inductor_compile_fx(
+        gm,
+        example_inputs,
+        config_patches=dict(config_patches),
+        decompositions=decompositions(),
+        **extra,
+    )
+
+
+def inductor_config(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Inductor's validated config patches for a mode and options, as torch.compile makes them."""
+    return dict(torch._TorchCompileInductorWrapper(mode, dict(options), None).config)
+
+
+def current_config(name: str) -> Any:
+    """A value of torch._inductor.config."""
+    from torch._inductor import config
+
+    return getattr(config, name)
+
+
+def reset_cudagraphs() -> None:
+    """Drop CUDA graph trees, as torch._dynamo.reset does for Inductor."""
+    if torch.cuda.is_available():
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()
+
+
+@functools.cache
+def decompositions() -> dict[Any, Any]:
+    """Inductor's decompositions, except that bmm stays bmm under coordinate descent tuning.
+
+    That setting (part of mode="max-autotune") turns a bmm by a vector into a product and a sum
+    before any graph pass runs, which hides the experts' gathered matmuls.
+    """
+    from torch._inductor import config
+    from torch._inductor.decomposition import select_decomp_table
+
+    table = dict(select_decomp_table())
+    original = table.get(torch.ops.aten.bmm.default)
+    if original is not None:
+
+        @functools.wraps(original)
+        def bmm(*args: Any, **kwargs: Any) -> Any:
+            with config.patch(coordinate_descent_tuning=False):
+                return original(*args, **kwargs)
+
+        table[torch.ops.aten.bmm.default] = bmm
+    return table
+
+
+@functools.cache
+def graph_pass_base() -> type:
+    """The base class whose uuid() lets Inductor cache graphs that a custom pass changed."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    return CustomGraphPass
+
+
+def graph_passes(value: Any) -> tuple[GraphPass, ...]:
+    """A custom-pass setting (None, a callable, or a sequence from torch 2.13) as a tuple."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def run_post_grad_passes(gm: fx.GraphModule) -> None:
+    """Inductor's post-grad passes, ours among them, without code generation."""
+    from torch._inductor.fx_passes.post_grad import post_grad_passes
+    from torch._inductor.virtualized import V
+
+    fake_mode = graph_fake_mode(gm.graph)
+    with V.set_fake_mode(fake_mode):
+        post_grad_passes(gm, is_inference=True)
+
+
+def graph_fake_mode(graph: fx.Graph) -> Any:
+    """The fake mode of the values in a graph."""
+    from torch._guards import detect_fake_mode
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    values = [node.meta["val"] for node in graph.nodes if "val" in node.meta]
+    return detect_fake_mode(values) or FakeTensorMode()
+
+
+@contextlib.contextmanager
+def real_tensors() -> Iterator[None]:
+    """Compute on real tensors although a compile with its fake mode is going on."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes():
+        yield
+
+
+def boxed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a compiled callable as taking one list of inputs."""
+    from functorch.compile import make_boxed_func
+
+    return make_boxed_func(function)
+
+
+def statically_true(condition: Any) -> bool:
+    """Whether a condition over SymInts holds for every value, without adding a guard."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(condition))
+
+
+def is_symbolic(value: Any) -> bool:
+    """Whether a size is symbolic."""
+    return isinstance(value, torch.SymInt)
+
+
+@contextlib.contextmanager
+def no_caches() -> Iterator[None]:
+    """Compile without the FX graph cache and the AOTAutograd cache."""
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config
+
+    with (
+        config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
+        functorch_config.patch(enable_autograd_cache=False),
+    ):
+        yield
+
+
+def cache_folder() -> Path:
+    """Where Inductor keeps its caches; reports are kept beside them."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
+
+
+def caches_enabled() -> bool:
+    """Whether a compile may come from a cache, so that its report must be kept on disk."""
+    from torch._inductor import config
+
+    return bool(config.fx_graph_cache) and not config.force_disable_caches
+
+
+def triton_available() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def register_lowering(op: Any, lowering: Callable[..., Any]) -> None:
+    """Register the Inductor lowering of every overload of an op."""
+    from torch._inductor.lowering import register_lowering as inductor_register
+
+    inductor_register(op.default, type_promotion_kind=None)(lowering)
+
+
+def lower_by_tracing(
+    implementation: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Lower implementation(*args) where the args are Inductor IR, from inside a lowering.
+
+    Runs the function on fake tensors and lowers the graph it leaves. Inputs of Triton launches
+    are realised first and their fakes get the strides of the buffers, which Inductor may have
+    padded: what the kernels are told is what the buffers are.
+    """
+    from torch._inductor import ir
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.lowering import process_subgraph_nodes
+    from torch._inductor.virtualized import V
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils import _pytree as pytree
+
+    node = V.graph.current_node
+    fake_args, fake_kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    values, spec = pytree.tree_flatten((args, kwargs))
+    fakes = pytree.tree_leaves((tuple(fake_args), dict(fake_kwargs)))
+    boxes, inputs = [], []
+    for position, (value, fake) in enumerate(zip(values, fakes, strict=True)):
+        if not isinstance(fake, torch.Tensor):
+            continue
+        if fake.device.type != "cpu":
+            value = _realised(value, ir)
+            values[position] = value
+            with V.fake_mode:
+                fake = _with_strides(fake, value.get_stride())
+        boxes.append(value)
+        inputs.append(fake)
+        fakes[position] = _Hole
+
+    def call(*tensors: torch.Tensor) -> Any:
+        remaining = iter(tensors)
+        filled = [next(remaining) if fake is _Hole else fake for fake in fakes]
+        call_args, call_kwargs = pytree.tree_unflatten(filled, spec)
+        return implementation(*call_args, **call_kwargs)
+
+    with V.fake_mode:
+        traced = make_fx(call, decomposition_table=select_decomp_table())(*inputs)
+    traced.graph.eliminate_dead_code()
+    return process_subgraph_nodes(traced, boxes)
+
+
+class _Hole:
+    """Stands where a tensor argument goes."""
+
+
+def _realised(value: Any, ir: Any) -> Any:
+    value = ir.ExternKernel.realize_input(value)
+    storage = value.data if isinstance(value, ir.TensorBox) else value
+    if ir.is_storage_and_layout(storage):
+        ir.as_storage_and_layout(storage, freeze=True)
+    return value if isinstance(value, ir.TensorBox) else ir.TensorBox(value)
+
+
+def _with_strides(fake: torch.Tensor, strides: Any) -> torch.Tensor:
+    """The fake with a buffer's strides, where they differ."""
+    known = [s.node.expr if isinstance(s, torch.SymInt) else s for s in fake.stride()]
+    if all(left == right for left, right in zip(known, strides, strict=True)):
+        return fake
+    from torch._inductor.virtualized import V
+
+    shape_env = V.graph.sizevars.shape_env
+    symbolic = [
+        int(s) if getattr(s, "is_number", True) else shape_env.create_symintnode(s, hint=None)
+        for s in strides
+    ]
+    return torch.empty_strided(fake.shape, symbolic, dtype=fake.dtype, device=fake.device)
+
+
+def size_hint(size: Any, fallback: int = 1024) -> int:
+    """A Python int for a size: itself, or the value its symbol had when it was first traced."""
+    if isinstance(size, int):
+        return size
+    hint = getattr(size.node, "hint", None)
+    return fallback if hint is None else int(hint)
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its interpreter in this process."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"

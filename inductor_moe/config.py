@@ -1,0 +1,74 @@
+"""The options of the backend: keys that begin with ``inductor_moe.`` in ``torch.compile(options=...)``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from inductor_moe.errors import UnknownOptionError
+
+PREFIX = "inductor_moe."
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a user can ask of the backend.
+
+    strict   raise instead of reporting: an exception in a rewrite, a refused site, a graph
+             without sites, a training graph
+    disable  names or dotted prefixes of rewrites to leave out, for example
+             ("moe.experts.batched_mm",) or ("moe",)
+    """
+
+    strict: bool = False
+    disable: tuple[str, ...] = ()
+
+    def enabled(self, rewrite: str) -> bool:
+        """Whether the rewrite of this name may run."""
+        return not any(rewrite == name or rewrite.startswith(name + ".") for name in self.disable)
+
+
+def parse(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
+    """Split a mixed option dict into ours and Inductor's.
+
+    Raises UnknownOptionError for an unknown ``inductor_moe.`` key or a value of the wrong type.
+    """
+    ours: dict[str, Any] = {}
+    inductor: dict[str, Any] = {}
+    valid = {field.name for field in dataclasses.fields(Options)}
+    for key, value in (options or {}).items():
+        if not key.startswith(PREFIX):
+            inductor[key] = value
+            continue
+        name = key[len(PREFIX) :]
+        if name not in valid:
+            listing = ", ".join(PREFIX + option for option in sorted(valid))
+            raise UnknownOptionError(f"unknown option {key!r}; valid options: {listing}")
+        ours[name] = _check(name, value)
+    return Options(**ours), inductor
+
+
+def _check(name: str, value: Any) -> Any:
+    if name == "disable":
+        names = (value,) if isinstance(value, str) else value
+        if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+            raise UnknownOptionError(
+                f"{PREFIX}disable must be a rewrite name or a list of them, got {value!r}"
+            )
+        _check_rewrite_names(names)
+        return tuple(names)
+    if not isinstance(value, bool):
+        raise UnknownOptionError(f"{PREFIX}{name} must be True or False, got {value!r}")
+    return value
+
+
+def _check_rewrite_names(names: list[str] | tuple[str, ...]) -> None:
+    from inductor_moe.patterns import ALL
+
+    known = [rewrite.name for rewrite in ALL]
+    for name in names:
+        if not any(rewrite == name or rewrite.startswith(name + ".") for rewrite in known):
+            raise UnknownOptionError(
+                f"{PREFIX}disable names {name!r}, which is no rewrite; known: {', '.join(known)}"
+            )

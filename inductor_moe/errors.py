@@ -1,0 +1,25 @@
+"""Every error and warning class of the package. Each text says what, got versus limit, what to do."""
+
+
+class InductorMoeError(Exception):
+    """Base of the errors raised by inductor_moe."""
+
+
+class UnknownOptionError(InductorMoeError, ValueError):
+    """An option key that does not exist, or a value of the wrong type."""
+
+
+class StrictError(InductorMoeError, RuntimeError):
+    """Raised under ``inductor_moe.strict`` where the default would only report."""
+
+
+class TrainingGraphWarning(UserWarning):
+    """A graph traced with gradients was left to Inductor."""
+
+
+class RewriteFailedWarning(UserWarning):
+    """An exception inside a rewrite; the graph was left as it was."""
+
+
+class FallbackWarning(UserWarning):
+    """A feature of the platform is missing and a slower path is used."""

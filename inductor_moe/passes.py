@@ -1,0 +1,182 @@
+"""The one composite pass: the user's own pass, canonical form, the rewrites, the report."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import re
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from inductor_moe import compat, lowerings
+from inductor_moe.capture.canonical import canonicalise
+from inductor_moe.config import Options
+from inductor_moe.errors import RewriteFailedWarning, StrictError
+from inductor_moe.patterns import ALL, Refusal, Rewrite
+from inductor_moe.report import Report, Site
+
+log = logging.getLogger("inductor_moe")
+
+
+class FusionPass(compat.graph_pass_base()):  # type: ignore[misc]
+    """Inductor's post_grad_custom_pre_pass: rewrites the sites it finds and keeps a report.
+
+    A pass object belongs to one compile. `user_pass` (the setting that ours replaces) runs first.
+    """
+
+    def __init__(self, options: Options, user_pass: Any = None) -> None:
+        self.options = options
+        self.user_passes = compat.graph_passes(user_pass)
+        self.reports: list[Report] = []
+        self._lock = threading.Lock()
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for user_pass in self.user_passes:
+            user_pass(graph)
+        lowerings.install()
+        sites = rewrite(graph, self.options)
+        with self._lock:
+            self.reports.append(Report(sites=tuple(sites)))
+
+    def uuid(self) -> Any:
+        """Changes with our sources and options; None, so no caching, if a user's pass has none."""
+        user = [getattr(user_pass, "uuid", lambda: None)() for user_pass in self.user_passes]
+        if any(value is None for value in user):
+            return None
+        text = f"{source_hash()} {self.options!r} {user!r}"
+        return hashlib.sha256(text.encode()).digest()
+
+
+def rewrite(graph: fx.Graph, options: Options) -> list[Site]:
+    """Rewrite every site of a graph in place and return what was found, in graph order."""
+    try:
+        canonicalise(graph)
+    except Exception as error:
+        _failed("canonical form", error, options)
+    sites: list[Site] = []
+    taken: set[fx.Node] = set()
+    for form in ALL:
+        if not options.enabled(form.name):
+            continue
+        for anchor in list(form.anchors(graph)):
+            if anchor not in taken:
+                sites.append(_rewrite_site(graph, form, anchor, taken, options))
+    graph.eliminate_dead_code()
+    return sites
+
+
+def _rewrite_site(
+    graph: fx.Graph, form: Rewrite, anchor: fx.Node, taken: set[fx.Node], options: Options
+) -> Site:
+    describe = functools.partial(
+        Site, op=form.op, rewrite=form.name, module=module_of(anchor), source=source_of(anchor)
+    )
+    before = set(graph.nodes)
+    detail = ""
+    try:
+        site = form.walk(anchor)
+        detail = form.describe(site)
+        with _undone_on_error(graph, before):
+            form.replace(graph, site)
+    except Refusal as refusal:
+        log.debug("%s left at %s: %s", form.name, anchor, refusal)
+        return describe(detail=detail, reason=str(refusal))
+    except Exception as error:
+        _failed(form.name, error, options)
+        return describe(detail=detail, reason=f"the rewrite failed: {_brief(error)}")
+    taken.add(anchor)
+    return describe(detail=detail)
+
+
+class _undone_on_error:
+    """Leave the graph as it was if the block raises: redirect users back, drop what was added."""
+
+    def __init__(self, graph: fx.Graph, before: set[fx.Node]) -> None:
+        self.graph, self.before = graph, before
+
+    def __enter__(self) -> None:
+        self.arguments = {node: (node.args, dict(node.kwargs)) for node in self.before}
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            return
+        for node, (args, kwargs) in self.arguments.items():
+            if node.args != args or node.kwargs != kwargs:
+                node.args, node.kwargs = args, kwargs
+        for node in reversed(list(self.graph.nodes)):
+            if node not in self.before:
+                self.graph.erase_node(node)
+
+
+def _failed(what: str, error: Exception, options: Options) -> None:
+    if options.strict:
+        raise StrictError(f"{what} failed: {type(error).__name__}: {error}") from error
+    log.debug("%s failed; the graph is left as it was", what, exc_info=error)
+    warnings.warn(
+        f"inductor_moe: {what} failed and left the graph as it was ({_brief(error)}); "
+        'please report it with the output of TORCH_LOGS="+inductor_moe"',
+        RewriteFailedWarning,
+        stacklevel=3,
+    )
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def module_of(node: fx.Node) -> str:
+    """The dotted path of the innermost nn.Module that a node came from, or ""."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    path = re.sub(r"^L\['(\w+)'\]\.?", "", path)
+    path = re.sub(r"(?:\._modules)?\['(\w+)'\]", r".\1", path)
+    path = re.sub(r"\[(\d+)\]", r".\1", path)
+    return path.removeprefix("self.").strip(".")
+
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]+\n\s*(?P<code>[^\n]+)')
+
+
+def source_of(node: fx.Node) -> str:
+    """The line of the model that a node came from, as "file:line: code", or ""."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    if not frames:
+        return ""
+    torch_folder = str(Path(torch.__file__).parent)
+    file, line, code = next(
+        (frame for frame in reversed(frames) if not frame[0].startswith(torch_folder)), frames[-1]
+    )
+    parts = Path(file).parts
+    shown = os.path.join(*parts[-3:]) if len(parts) > 3 else file
+    return f"{shown}:{line}: {code.strip()}"
+
+
+@functools.cache
+def source_hash() -> str:
+    """A hash of every file that decides what a compile yields, tuned tables included."""
+    from inductor_moe import kernels, ops, patterns, reference
+
+    roots = {Path(__file__).parent}
+    for package in (patterns, lowerings, kernels, ops, reference):
+        roots |= {Path(path) for path in package.__path__}
+    files = sorted(
+        {file for root in roots for kind in ("*.py", "*.json") for file in root.rglob(kind)}
+    )
+    digest = hashlib.sha256(torch.__version__.encode())
+    for file in files:
+        digest.update(file.name.encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+PassFactory = Callable[[Options, Any], FusionPass]

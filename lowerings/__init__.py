@@ -1,0 +1,14 @@
+"""Lowerings of our ops into Inductor IR."""
+
+if __name__ == "lowerings":
+    raise ImportError("import inductor_moe.lowerings, not lowerings: the folder is part of the package")
+
+import functools
+
+
+@functools.cache
+def install() -> None:
+    """Register every lowering with Inductor. Idempotent."""
+    from inductor_moe.lowerings import moe
+
+    moe.register()

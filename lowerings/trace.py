@@ -1,0 +1,23 @@
+"""A lowering from a plain function, for every op alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from inductor_moe import compat
+
+
+def lower(op: Any, implementation: Callable[..., Any]) -> None:
+    """Register `implementation`, called with the op's arguments, as the op's lowering.
+
+    The function runs on fake tensors and may launch Triton kernels through
+    torch.library.wrap_triton; Inductor then owns the launches, in its Python wrapper and in
+    AOTInductor packages alike, so that no package needs Python.
+    """
+
+    def lowering(*args: Any, **kwargs: Any) -> Any:
+        return compat.lower_by_tracing(implementation, args, kwargs)
+
+    lowering.__name__ = f"{op.__name__}_lowering"
+    compat.register_lowering(op, lowering)

@@ -1,0 +1,11 @@
+"""The rewrites, in the order in which they are tried."""
+
+if __name__ == "patterns":
+    raise ImportError("import inductor_moe.patterns, not patterns: the folder is part of the package")
+
+from inductor_moe.patterns.moe import dense, experts
+from inductor_moe.patterns.rewrite import Refusal, Rewrite
+
+ALL: tuple[Rewrite, ...] = (experts.GROUPED, experts.BATCHED, dense.DENSE)
+
+__all__ = ["ALL", "Refusal", "Rewrite"]

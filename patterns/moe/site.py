@@ -1,0 +1,205 @@
+"""An expert block as it was read from a graph, and the ops that replace it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import fx
+
+from inductor_moe.patterns.moe.activation import Activation
+from inductor_moe.patterns.walk import (
+    SHAPES,
+    aten,
+    call,
+    dtype,
+    is_call,
+    prims,
+    same_sizes,
+    size_of,
+    sizes,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """One expert GEMM.
+
+    node    the GEMM
+    weight  [E, out, in], or [E, in, out] where `transposed`
+    bias    [E, out] or None
+    value   the node that holds its rows [S, out], bias added and sentinels masked
+    """
+
+    node: fx.Node
+    weight: fx.Node
+    transposed: bool
+    bias: fx.Node | None
+    value: fx.Node
+
+    @property
+    def experts(self) -> int:
+        return int(sizes(self.weight)[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsSite:
+    """Everything that the meaning of an expert block depends on.
+
+    x           [T, H]
+    ids         T*K expert numbers in pair order (pair = token * K + slot)
+    weights     T*K routing weights in pair order
+    top_k       K
+    ups         the up projections: one, or gate and up apart
+    down        the down projection
+    activation  what lies between, or None where it has no name and keeps its nodes
+    h           the input rows of the down projection [S, I]
+    output      the node that holds the result [T, H]
+    wrap_ids    whether negative ids count from the end, as they do in a gather
+    """
+
+    x: fx.Node
+    ids: fx.Node
+    weights: fx.Node
+    top_k: int
+    ups: tuple[Projection, ...]
+    down: Projection
+    activation: Activation | None
+    h: fx.Node
+    output: fx.Node
+    weights_on_input: bool
+    wrap_ids: bool = False
+
+    def describe(self) -> str:
+        hidden = sizes(self.x)[-1]
+        inner = sizes(self.h)[-1]
+        text = f"E={self.down.experts} K={self.top_k} H={hidden} I={inner} {dtype(self.h)}"
+        if self.activation is not None:
+            text += f"; {self.activation.describe()}"
+        else:
+            text += "; the function between the GEMMs has no name and keeps its nodes"
+        if self.down.bias is not None or any(up.bias is not None for up in self.ups):
+            text += "; biases"
+        return text + ("; weights on the input" if self.weights_on_input else "")
+
+
+def replace_experts(graph: fx.Graph, site: ExpertsSite) -> fx.Node:
+    """Insert the op, or its two halves around an unnamed function, and return the new output."""
+    if site.activation is None:
+        return _replace_halves(graph, site)
+    up, activation = site.ups[0], site.activation
+    with graph.inserting_before(site.output):
+        output = call(
+            graph,
+            torch.ops.inductor_moe.moe_experts.default,
+            _tokens(graph, site),
+            _oriented(graph, up, site),
+            _oriented(graph, site.down, site),
+            _ids(graph, site),
+            _weights(graph, site),
+            up.bias,
+            site.down.bias,
+            activation.activation,
+            activation.gate,
+            activation.alpha,
+            activation.up_offset,
+            activation.limit,
+            site.weights_on_input,
+            dtype(site.output),
+            like=site.output,
+        )
+        return _finish(graph, site, output)
+
+
+def _replace_halves(graph: fx.Graph, site: ExpertsSite) -> fx.Node:
+    """The GEMMs with their data movement; the nodes between stay, and now see pair order."""
+    replaced: dict[fx.Node, fx.Node] = {}
+    for up in site.ups:
+        with graph.inserting_before(up.value):
+            rows = call(
+                graph,
+                torch.ops.inductor_moe.moe_up.default,
+                _tokens(graph, site),
+                _oriented(graph, up, site),
+                _ids(graph, site),
+                up.bias,
+                _weights(graph, site) if site.weights_on_input else None,
+                like=up.node,
+            )
+            rows = _reshape(graph, rows, sizes(up.value), site)
+        up.value.replace_all_uses_with(rows)
+        replaced[up.value] = rows
+    with graph.inserting_before(site.output):
+        output = call(
+            graph,
+            torch.ops.inductor_moe.moe_down_combine.default,
+            _reshape(graph, replaced.get(site.h, site.h), (-1, sizes(site.h)[-1]), site),
+            _oriented(graph, site.down, site),
+            _ids(graph, site),
+            None if site.weights_on_input else _weights(graph, site),
+            site.down.bias,
+            dtype(site.output),
+            like=site.output,
+        )
+        return _finish(graph, site, output)
+
+
+def _tokens(graph: fx.Graph, site: ExpertsSite) -> fx.Node:
+    """x in the dtype of the weights."""
+    wanted = dtype(site.ups[0].weight)
+    if dtype(site.x) == wanted:
+        return site.x
+    return call(graph, prims.convert_element_type.default, site.x, wanted, like=site.output)
+
+
+def _oriented(graph: fx.Graph, projection: Projection, site: ExpertsSite) -> fx.Node:
+    """The weight as a view [E, out, in]."""
+    if not projection.transposed:
+        return projection.weight
+    weight = projection.weight
+    if weight.target is aten.permute.default and list(weight.args[1]) == [0, 2, 1]:  # type: ignore[arg-type]
+        return weight.args[0]  # type: ignore[return-value]
+    return call(graph, aten.permute.default, weight, [0, 2, 1], like=site.output)
+
+
+def _ids(graph: fx.Graph, site: ExpertsSite) -> fx.Node:
+    ids = _per_token(graph, site.ids, site)
+    if not site.wrap_ids:
+        return ids
+    negative = call(graph, aten.lt.Scalar, ids, 0, like=site.output)
+    wrapped = call(graph, aten.add.Tensor, ids, site.down.experts, like=site.output)
+    return call(graph, aten.where.self, negative, wrapped, ids, like=site.output)
+
+
+def _weights(graph: fx.Graph, site: ExpertsSite) -> fx.Node:
+    return _per_token(graph, site.weights, site)
+
+
+def _per_token(graph: fx.Graph, pairs: fx.Node, site: ExpertsSite) -> fx.Node:
+    """T*K values in pair order as [T, K], through the views that flattened them if it can."""
+    wanted = (sizes(site.x)[0], site.top_k)
+    node = pairs
+    while True:
+        if same_sizes(sizes(node), wanted):
+            return node
+        if not is_call(node, *SHAPES) or not isinstance(node.args[0], fx.Node):
+            break
+        node = node.args[0]
+    tokens = size_of(graph, site.x, 0, like=site.output)
+    return call(graph, aten.reshape.default, pairs, [tokens, site.top_k], like=site.output)
+
+
+def _reshape(graph: fx.Graph, node: fx.Node, shape: tuple[Any, ...], site: ExpertsSite) -> fx.Node:
+    """A reshape to a shape in which at most the number of pairs is symbolic or -1."""
+    if same_sizes(sizes(node), shape) or (len(sizes(node)) == len(shape) and shape[0] == -1):
+        return node
+    shape = tuple(size if isinstance(size, int) else -1 for size in shape)
+    return call(graph, aten.reshape.default, node, list(shape), like=site.output)
+
+
+def _finish(graph: fx.Graph, site: ExpertsSite, output: fx.Node) -> fx.Node:
+    if not same_sizes(sizes(output), sizes(site.output)):
+        output = _reshape(graph, output, sizes(site.output), site)
+    site.output.replace_all_uses_with(output)
+    return output
