@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
+import importlib.util
 import os
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
+
+from inductor_moe.errors import FallbackWarning
 
 GraphPass = Callable[[fx.Graph], None]
 
@@ -22,17 +26,14 @@ def compile_fx(
     config_patches: Mapping[str, Any],
     inner_compile: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Inductor's own compile of a Dynamo graph, with config patches and our decompositions."""
+    """Inductor's own compile of a Dynamo graph, with config patches."""
     from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
 
     extra = {} if inner_compile is None else {"inner_compile": inner_compile}
-    return inductor_compile_fx(
-        gm,
-        example_inputs,
-        config_patches=dict(config_patches),
-        decompositions=decompositions(),
-        **extra,
-    )
+    with keep_bmm():
+        return inductor_compile_fx(
+            gm, example_inputs, config_patches=dict(config_patches), **extra
+        )
 
 
 def inductor_config(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,27 +56,44 @@ def reset_cudagraphs() -> None:
         reset_cudagraph_trees()
 
 
-@functools.cache
-def decompositions() -> dict[Any, Any]:
-    """Inductor's decompositions, except that bmm stays bmm under coordinate descent tuning.
+_keeping_bmm = threading.local()
 
-    That setting (part of mode="max-autotune") turns a bmm by a vector into a product and a sum
-    before any graph pass runs, which hides the experts' gathered matmuls.
+
+@contextlib.contextmanager
+def keep_bmm() -> Iterator[None]:
+    """Within the block, in this thread, bmm stays bmm under coordinate descent tuning.
+
+    That setting (part of mode="max-autotune") makes Inductor decompose a bmm by a vector into a
+    product and a sum before any graph pass runs, which hides the experts' gathered matmuls. A
+    decomposition table of our own would say so directly, but it bypasses Inductor's caches.
     """
-    from torch._inductor import config
-    from torch._inductor.decomposition import select_decomp_table
+    _wrap_bmm_decomposition()
+    _keeping_bmm.depth = getattr(_keeping_bmm, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _keeping_bmm.depth -= 1
 
-    table = dict(select_decomp_table())
-    original = table.get(torch.ops.aten.bmm.default)
-    if original is not None:
 
-        @functools.wraps(original)
-        def bmm(*args: Any, **kwargs: Any) -> Any:
-            with config.patch(coordinate_descent_tuning=False):
-                return original(*args, **kwargs)
+@functools.cache
+def _wrap_bmm_decomposition() -> None:
+    from torch._inductor import config, decomposition
 
-        table[torch.ops.aten.bmm.default] = bmm
-    return table
+    original = decomposition.decompositions.get(torch.ops.aten.bmm.default)
+    if original is None:
+        return
+
+    @functools.wraps(original)
+    def bmm(*args: Any, **kwargs: Any) -> Any:
+        if not getattr(_keeping_bmm, "depth", 0):
+            return original(*args, **kwargs)
+        with config.patch(coordinate_descent_tuning=False):
+            return original(*args, **kwargs)
+
+    decomposition.decompositions[torch.ops.aten.bmm.default] = bmm
+    merged = getattr(decomposition, "fast_random_decomps", None)
+    if hasattr(merged, "cache_clear"):
+        merged.cache_clear()
 
 
 @functools.cache
@@ -169,16 +187,44 @@ def caches_enabled() -> bool:
     return bool(config.fx_graph_cache) and not config.force_disable_caches
 
 
-def triton_available() -> bool:
-    """Whether Triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
+@functools.cache
+def runs_triton_kernels(device: torch.device) -> bool:
+    """Whether our kernels run on a device: CUDA, sm_80 or later, Triton installed. Warns once."""
+    if device.type == "cpu":
+        return False
+    reason = _no_triton_reason(device)
+    if reason is not None:
+        warnings.warn(
+            f"inductor_moe: {reason}; fused sites run through PyTorch's own ops instead",
+            FallbackWarning,
+            stacklevel=2,
+        )
+    return reason is None
+
+
+def _no_triton_reason(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"there are no kernels for device {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, below 8.0"
+    return None
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """A Triton kernel whose launch can be traced into a graph."""
+    from torch.library import wrap_triton as wrap
+
+    return wrap(kernel)
 
 
 def register_lowering(op: Any, lowering: Callable[..., Any]) -> None:
-    """Register the Inductor lowering of every overload of an op."""
+    """Register the Inductor lowering of an op overload."""
     from torch._inductor.lowering import register_lowering as inductor_register
 
-    inductor_register(op.default, type_promotion_kind=None)(lowering)
+    inductor_register(op, type_promotion_kind=None)(lowering)
 
 
 def lower_by_tracing(

@@ -111,9 +111,11 @@ class _undone_on_error:
         for node, (args, kwargs) in self.arguments.items():
             if node.args != args or node.kwargs != kwargs:
                 node.args, node.kwargs = args, kwargs
-        for node in reversed(list(self.graph.nodes)):
-            if node not in self.before:
-                self.graph.erase_node(node)
+        added = [node for node in self.graph.nodes if node not in self.before]
+        for node in added:
+            node.args, node.kwargs = (), {}
+        for node in added:
+            self.graph.erase_node(node)
 
 
 def _failed(what: str, error: Exception, options: Options) -> None:

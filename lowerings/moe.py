@@ -1,30 +1,35 @@
-"""Lowerings of the expert ops: our Triton kernels on a GPU, Inductor's C++ on a CPU."""
+"""Lowerings of the expert ops: our Triton kernels on a GPU, Inductor's own code elsewhere."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
-
+from inductor_moe import compat
 from inductor_moe.lowerings.trace import lower
-from inductor_moe.ops import moe
+from inductor_moe.ops import moe, moe_cpu, moe_cuda
 
 
 def register() -> None:
     """Register the lowerings of moe_experts, moe_up and moe_down_combine."""
-    ops = torch.ops.inductor_moe
-    lower(ops.moe_experts, moe_experts_lowering)
-    lower(ops.moe_up, moe_up_lowering)
-    lower(ops.moe_down_combine, moe_down_combine_lowering)
+    lower(moe.moe_experts, _lowering(moe_cuda.moe_experts_cuda, moe_cpu.moe_experts_cpu, 3))
+    lower(moe.moe_up, _lowering(moe_cuda.moe_up_cuda, moe_cpu.moe_up_cpu, 2))
+    lower(
+        moe.moe_down_combine,
+        _lowering(moe_cuda.moe_down_combine_cuda, moe_cpu.moe_down_combine_cpu, 2),
+    )
 
 
-def moe_experts_lowering(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return moe.moe_experts_cpu(x, *args, **kwargs)
+def _lowering(triton: Callable[..., Any], aten: Callable[..., Any], ids: int) -> Callable[..., Any]:
+    """The Triton implementation where the device runs our kernels, else the aten one.
 
+    ids  the position of the expert numbers [T, K] among the op's arguments
+    """
 
-def moe_up_lowering(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return moe.moe_up_cpu(x, *args, **kwargs)
+    def implementation(*args: Any) -> Any:
+        if not compat.runs_triton_kernels(args[0].device):
+            return aten(*args)
+        tokens = compat.size_hint(args[ids].shape[0])
+        return triton(*args, tokens_hint=tokens, wrap=compat.wrap_triton)
 
-
-def moe_down_combine_lowering(h: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return moe.moe_down_combine_cpu(h, *args, **kwargs)
+    return implementation

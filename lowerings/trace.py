@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch.library import CustomOpDef
+
 from inductor_moe import compat
 
 
-def lower(op: Any, implementation: Callable[..., Any]) -> None:
+def lower(op: CustomOpDef, implementation: Callable[..., Any]) -> None:
     """Register `implementation`, called with the op's arguments, as the op's lowering.
 
     The function runs on fake tensors and may launch Triton kernels through
@@ -19,5 +21,5 @@ def lower(op: Any, implementation: Callable[..., Any]) -> None:
     def lowering(*args: Any, **kwargs: Any) -> Any:
         return compat.lower_by_tracing(implementation, args, kwargs)
 
-    lowering.__name__ = f"{op.__name__}_lowering"
-    compat.register_lowering(op, lowering)
+    lowering.__name__ = f"{op._name}_lowering"
+    compat.register_lowering(op._opoverload, lowering)

@@ -10,6 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+EXPERTS = 8
+SCORES = torch.tensor([-2.0, -1.3, -0.7, 0.05, 0.9, 1.6, 2.7, 3.9])
+
 BASE: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -53,7 +56,7 @@ MLA = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Family:
     """One family: its config, its MoE layers, whether transformers can switch its experts."""
 
@@ -63,16 +66,42 @@ class Family:
     switchable: bool = True
 
     def build(self, seed: int = 0) -> torch.nn.Module:
-        """The model in fp32 with weights large enough that every part matters."""
+        """The model in fp32, with weights large enough that every part matters."""
         config = CONFIG_MAPPING[self.name](**{**BASE, **self.overrides})
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if parameter.dim() == 1 and not name.endswith("bias"):
-                    continue
-                parameter.normal_(0, 0.08 if parameter.dim() < 3 else 0.15)
+                if parameter.dim() > 1 or name.endswith("bias"):
+                    parameter.normal_(0, 0.1 if parameter.dim() < 3 else 0.2)
+            decide_routing(model)
         return model
+
+
+def decide_routing(model: torch.nn.Module) -> None:
+    """Make every routing decision independent of rounding.
+
+    A near-tie in a router flips between two correct computations, and one flip outweighs every
+    rounding error. Here the first E dims of the residual stream carry well separated scores, one
+    permutation of them per token of the vocabulary, that nothing writes to later and that the
+    routers read.
+    """
+    hidden = model.config.hidden_size
+    embedding = model.get_input_embeddings().weight
+    embedding.normal_(0, 1)
+    for row in embedding:
+        row[:EXPERTS] = SCORES[torch.randperm(EXPERTS)]
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        leaf = name.split(".")[-2:]
+        if shape == (EXPERTS, hidden) and any(part in ("gate", "router") for part in leaf):
+            parameter.copy_(torch.eye(EXPERTS, hidden))
+        elif "router" in name and name.endswith("bias"):
+            parameter.zero_()
+        elif any(word in name for word in ("o_proj", "out_proj", "down_proj", "output_linear")):
+            dim = len(shape) - 1 if shape[-1] == hidden else len(shape) - 2
+            assert shape[dim] == hidden, (name, shape)
+            parameter.narrow(dim, 0, EXPERTS).zero_()
 
 
 MOE = (
@@ -80,16 +109,16 @@ MOE = (
     Family("qwen3_moe", QWEN),
     Family("qwen3_next", {**QWEN, **LINEAR, "shared_expert_intermediate_size": 24}),
     Family("qwen3_5_moe_text", {**QWEN, **LINEAR, "shared_expert_intermediate_size": 24}),
-    Family("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    Family("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2}),
     Family("olmoe", {"num_experts": 8, "num_experts_per_tok": 2}),
     Family("deepseek_v2", {**DEEPSEEK, **MLA, "topk_method": "group_limited_greedy"}),
     Family("deepseek_v3", {**DEEPSEEK, **MLA}),
     Family("glm4_moe", DEEPSEEK),
-    Family("gpt_oss", {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32}),
+    Family("gpt_oss", {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 40}),
     Family("granitemoe", {"num_local_experts": 8, "num_experts_per_tok": 2}),
     Family(
         "llama4_text",
-        {"num_local_experts": 4, "intermediate_size": 24, "intermediate_size_mlp": 48,
+        {"num_local_experts": 8, "intermediate_size": 24, "intermediate_size_mlp": 48,
          "num_experts_per_tok": 1, "moe_layers": [0, 1]},
         switchable=False,
     ),
@@ -97,14 +126,14 @@ MOE = (
 
 
 def prepare(
-    model: torch.nn.Module, dtype: torch.dtype, implementation: str
+    model: torch.nn.Module, dtype: torch.dtype, implementation: str, switchable: bool = True
 ) -> tuple[torch.nn.Module, torch.nn.Module]:
     """The model in `dtype`, and the same rounded weights in fp64 as the reference."""
     low = copy.deepcopy(model).to(dtype)
     reference = copy.deepcopy(low).double()
-    for each, experts in ((low, implementation), (reference, "batched_mm")):
-        if hasattr(each, "set_experts_implementation"):
-            each.set_experts_implementation(experts)
+    if switchable:
+        low.set_experts_implementation(implementation)
+        reference.set_experts_implementation("batched_mm")
     return low, reference
 
 

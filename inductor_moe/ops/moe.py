@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -88,6 +91,34 @@ def _(
     return torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device)
 
 
+@moe_experts.register_kernel("cuda")
+def _(
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    bias_up: Tensor | None,
+    bias_down: Tensor | None,
+    activation: str,
+    gate: str,
+    alpha: float = 1.0,
+    up_offset: float = 0.0,
+    limit: float | None = None,
+    weights_on_input: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    check_experts(
+        x, w_up, w_down, ids, weights, bias_up, bias_down, activation, gate, alpha, up_offset, limit
+    )
+    cuda = _triton_launches(x.device)
+    run = cuda.moe_experts_cuda if cuda else moe_experts_reference
+    return run(
+        x, w_up, w_down, ids, weights, bias_up, bias_down, activation, gate,
+        alpha, up_offset, limit, weights_on_input, out_dtype,
+    )  # fmt: skip
+
+
 @torch.library.custom_op("inductor_moe::moe_up", mutates_args=(), device_types="cpu")
 def moe_up(
     x: Tensor,
@@ -119,6 +150,20 @@ def _(
 ) -> Tensor:
     check_up(x, w_up, ids, bias_up, input_weights)
     return x.new_empty(ids.shape[0] * ids.shape[1], w_up.shape[1])
+
+
+@moe_up.register_kernel("cuda")
+def _(
+    x: Tensor,
+    w_up: Tensor,
+    ids: Tensor,
+    bias_up: Tensor | None,
+    input_weights: Tensor | None,
+) -> Tensor:
+    check_up(x, w_up, ids, bias_up, input_weights)
+    cuda = _triton_launches(x.device)
+    run = cuda.moe_up_cuda if cuda else moe_up_reference
+    return run(x, w_up, ids, bias_up, input_weights)
 
 
 @torch.library.custom_op("inductor_moe::moe_down_combine", mutates_args=(), device_types="cpu")
@@ -156,3 +201,30 @@ def _(
     return torch.empty(
         (ids.shape[0], w_down.shape[1]), dtype=out_dtype or h.dtype, device=h.device
     )
+
+
+@moe_down_combine.register_kernel("cuda")
+def _(
+    h: Tensor,
+    w_down: Tensor,
+    ids: Tensor,
+    weights: Tensor | None,
+    bias_down: Tensor | None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    check_down(h, w_down, ids, weights, bias_down)
+    cuda = _triton_launches(h.device)
+    run = cuda.moe_down_combine_cuda if cuda else moe_down_combine_reference
+    return run(h, w_down, ids, weights, bias_down, out_dtype)
+
+
+@functools.cache
+def _triton_launches(device: torch.device) -> ModuleType | None:
+    """The Triton implementations, or None where Triton or the GPU (below sm_80) is too old."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    try:
+        from inductor_moe.ops import moe_cuda
+    except ImportError:
+        return None
+    return moe_cuda

@@ -101,6 +101,8 @@ def _by_sorting(rows: Tensor, ids: Tensor, *projections: Tensor) -> bool:
     pairs = ids.shape[0] * ids.shape[1]
     if isinstance(pairs, int) and pairs <= FEW_PAIRS:
         return False
+    if rows.device.type != "cpu":
+        return False
     return rows.dtype == torch.bfloat16 and all(_grouped_mm_takes(w) for w in projections)
 
 

@@ -180,8 +180,9 @@ def delta_rule_chunk(
         decay = chunked(g).clamp_min(floor)
         kk, qk = decayed_products(queries, keys, decay)
         total = decay.cumsum(3)
-        last = total[:, :, :, -1:]
-        from_start, to_end, whole = total.exp(), (last - total).exp(), last.exp()
+        # summed from the end: near it, where it matters, nothing large cancels
+        rest = decay.flip(3).cumsum(3).flip(3) - decay
+        from_start, to_end, whole = total.exp(), rest.exp(), total[:, :, :, -1:].exp()
         if g.dim() == 3:
             from_start, to_end = from_start.unsqueeze(-1), to_end.unsqueeze(-1)
             whole = whole.unsqueeze(-1)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
 from torch import fx
 
+from inductor_moe.ops.moe import moe_down_combine, moe_experts, moe_up
 from inductor_moe.patterns.moe.activation import Activation
 from inductor_moe.patterns.walk import (
     SHAPES,
@@ -42,6 +42,10 @@ class Projection:
     def experts(self) -> int:
         return int(sizes(self.weight)[0])
 
+    @property
+    def width_in(self) -> Any:
+        return sizes(self.weight)[1 if self.transposed else 2]
+
 
 @dataclasses.dataclass(frozen=True)
 class ExpertsSite:
@@ -54,7 +58,7 @@ class ExpertsSite:
     ups         the up projections: one, or gate and up apart
     down        the down projection
     activation  what lies between, or None where it has no name and keeps its nodes
-    h           the input rows of the down projection [S, I]
+    h           the input rows of the down projection [S, I], or with a dim of 1 more
     output      the node that holds the result [T, H]
     wrap_ids    whether negative ids count from the end, as they do in a gather
     """
@@ -73,7 +77,7 @@ class ExpertsSite:
 
     def describe(self) -> str:
         hidden = sizes(self.x)[-1]
-        inner = sizes(self.h)[-1]
+        inner = self.down.width_in
         text = f"E={self.down.experts} K={self.top_k} H={hidden} I={inner} {dtype(self.h)}"
         if self.activation is not None:
             text += f"; {self.activation.describe()}"
@@ -92,7 +96,7 @@ def replace_experts(graph: fx.Graph, site: ExpertsSite) -> fx.Node:
     with graph.inserting_before(site.output):
         output = call(
             graph,
-            torch.ops.inductor_moe.moe_experts.default,
+            moe_experts._opoverload,
             _tokens(graph, site),
             _oriented(graph, up, site),
             _oriented(graph, site.down, site),
@@ -119,7 +123,7 @@ def _replace_halves(graph: fx.Graph, site: ExpertsSite) -> fx.Node:
         with graph.inserting_before(up.value):
             rows = call(
                 graph,
-                torch.ops.inductor_moe.moe_up.default,
+                moe_up._opoverload,
                 _tokens(graph, site),
                 _oriented(graph, up, site),
                 _ids(graph, site),
@@ -133,8 +137,8 @@ def _replace_halves(graph: fx.Graph, site: ExpertsSite) -> fx.Node:
     with graph.inserting_before(site.output):
         output = call(
             graph,
-            torch.ops.inductor_moe.moe_down_combine.default,
-            _reshape(graph, replaced.get(site.h, site.h), (-1, sizes(site.h)[-1]), site),
+            moe_down_combine._opoverload,
+            _reshape(graph, replaced.get(site.h, site.h), (-1, site.down.width_in), site),
             _oriented(graph, site.down, site),
             _ids(graph, site),
             None if site.weights_on_input else _weights(graph, site),

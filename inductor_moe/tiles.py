@@ -1,0 +1,212 @@
+"""Which kernels and tiles an expert layer gets: a table per GPU, or a rule where there is none.
+
+Nothing is measured at run time. A table is `lowerings/configs/<gpu>.json`, made by
+`examples/benchmarks/moe_experts.py`; a shape it holds takes the entry with the nearest number of
+tokens, any other shape the rule.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What tile choice needs of a GPU; shared_memory is the bytes one block may take."""
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory: int
+
+
+@dataclass(frozen=True)
+class Experts:
+    """One expert layer: sizes, bytes per element, and each weight's contiguous dim."""
+
+    top_k: int
+    experts: int
+    hidden: int
+    inner: int
+    gated: bool
+    itemsize: int
+    up_inner: str = "k"
+    down_inner: str = "k"
+
+
+@dataclass(frozen=True)
+class DecodeTile:
+    """block_n rows of weights by block_k columns; `split` partial sums a token (down only)."""
+
+    block_n: int
+    block_k: int
+    warps: int
+    unroll: int = 1
+    split: int = 1
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """group_m: blocks sharing a tile of columns in L2; tail: halve blocks of half as many rows."""
+
+    block_n: int
+    block_k: int
+    group_m: int
+    warps: int
+    stages: int
+    tail: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`block_m` is 0 for the decode kernels, else the rows of a block of the grouped GEMMs."""
+
+    block_m: int
+    up: DecodeTile | GemmTile
+    down: DecodeTile | GemmTile
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Plan:
+        tile = GemmTile if value["block_m"] else DecodeTile
+        return Plan(value["block_m"], tile(**value["up"]), tile(**value["down"]))
+
+
+# Bytes of shared memory one block may take, by compute capability.
+_SHARED_MEMORY = {(8, 0): 166912, (8, 7): 166912, (9, 0): 232448, (10, 0): 232448, (10, 3): 232448}
+_SMALL_SHARED_MEMORY = 101376
+
+
+@functools.cache
+def gpu_of(index: int | None) -> Gpu | None:
+    """The GPU with this index (None: the current one), or None without CUDA."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(index)
+    capability = (properties.major, properties.minor)
+    return Gpu(
+        properties.name,
+        capability,
+        properties.multi_processor_count,
+        _SHARED_MEMORY.get(capability, _SMALL_SHARED_MEMORY),
+    )
+
+
+def generic_gpu(capability: tuple[int, int]) -> Gpu:
+    """A GPU known by its compute capability alone; it has no table."""
+    shared = _SHARED_MEMORY.get(capability, _SMALL_SHARED_MEMORY)
+    return Gpu(f"sm_{capability[0]}{capability[1]}", capability, 108, shared)
+
+
+def choose_plan(layer: Experts, tokens: int, gpu: Gpu | None) -> Plan:
+    """The plan for `tokens` tokens, from the GPU's table if it holds this layer."""
+    gpu = gpu or generic_gpu((8, 0))
+    table = load_table(gpu.name)
+    if table is None:
+        _warn_no_table(gpu.name)
+        return plan_by_rule(layer, tokens, gpu)
+    plans = table.get(layer)
+    if not plans:
+        return plan_by_rule(layer, tokens, gpu)
+    nearest = min(plans, key=lambda m: (abs(math.log2(max(tokens, 1) / m)), m))
+    return plans[nearest]
+
+
+def table_path(gpu_name: str) -> Path:
+    """Where the table of a GPU lies: beside the installed package, or in a source tree."""
+    slug = re.sub(r"[^a-z0-9]+", "_", gpu_name.lower()).strip("_")
+    package = Path(__file__).parent
+    installed = package / "lowerings" / "configs"
+    folder = installed if installed.is_dir() else package.parent / "lowerings" / "configs"
+    return folder / f"{slug}.json"
+
+
+@functools.cache
+def load_table(gpu_name: str) -> dict[Experts, dict[int, Plan]] | None:
+    """layer -> tokens -> plan, or None if the GPU has no table."""
+    path = table_path(gpu_name)
+    if not path.is_file():
+        return None
+    table = json.loads(path.read_text())
+    return {
+        Experts(**entry["layer"]): {
+            int(tokens): Plan.from_json(plan) for tokens, plan in entry["plans"].items()
+        }
+        for entry in table["layers"]
+    }
+
+
+@functools.cache
+def _warn_no_table(gpu_name: str) -> None:
+    log.warning(
+        "no tuned expert tiles for %s; using the built-in rule. "
+        "`inductor-moe tune` writes a table.",
+        gpu_name,
+    )
+
+
+def plan_by_rule(layer: Experts, tokens: int, gpu: Gpu) -> Plan:
+    """Tiles from sizes alone: stream weights while they bound the time, then fill the MMA units."""
+    pairs = tokens * layer.top_k
+    per_expert = pairs / layer.experts
+    if pairs <= 64 and per_expert <= 1:
+        return Plan(0, _decode_up(layer), _decode_down(layer, tokens, gpu))
+    if layer.itemsize == 4:
+        block_m = 16 if per_expert <= 16 else 32
+        tile = GemmTile(64, 32, 4, 4, 3)
+    elif per_expert <= 16:
+        block_m, tile = 16, GemmTile(128, 64, 1, 4, 4)
+    elif per_expert <= 48:
+        block_m, tile = 32, GemmTile(128, 64, 4, 4, 4)
+    elif per_expert <= 128:
+        block_m, tile = 64, GemmTile(256, 64, 8, 8, 3)
+    else:
+        block_m, tile = 128, GemmTile(256, 64, 8, 8, 3)
+    tile = _fit(tile, block_m, layer.itemsize, gpu)
+    return Plan(block_m, tile, tile)
+
+
+def _fit(tile: GemmTile, block_m: int, itemsize: int, gpu: Gpu) -> GemmTile:
+    """Fewer stages, then fewer columns, until the pipeline's buffers fit."""
+    block_n, stages = tile.block_n, tile.stages
+    if gpu.capability < (9, 0):
+        # Without wgmma the operands live in registers: a wide tile of 128 rows spills.
+        block_n = min(block_n, 128)
+    while stages * (block_m + block_n) * tile.block_k * itemsize > gpu.shared_memory:
+        if stages > 2:
+            stages -= 1
+        else:
+            block_n //= 2
+    return GemmTile(block_n, tile.block_k, tile.group_m, tile.warps, stages)
+
+
+def _decode_up(layer: Experts) -> DecodeTile:
+    if layer.up_inner != "k":
+        return DecodeTile(32, 128, 4, 2)
+    return DecodeTile(8, _block(layer.hidden, 1024), 4, 1)
+
+
+def _decode_down(layer: Experts, tokens: int, gpu: Gpu) -> DecodeTile:
+    if layer.down_inner == "k":
+        return DecodeTile(4, _block(layer.inner, 512), 4, 4)
+    columns = 32
+    programs = tokens * math.ceil(layer.hidden / columns)
+    split = layer.top_k if programs < 4 * gpu.multiprocessors else 1
+    return DecodeTile(columns, 128, 4, 2, split)
+
+
+def _block(size: int, most: int) -> int:
+    return min(most, max(64, 1 << (size - 1).bit_length()))

@@ -1,0 +1,72 @@
+"""Run @triton.jit kernels on CPU tensors, in a process where Triton was imported normally.
+
+TRITON_INTERPRET is read when a function is decorated, Triton's own library included, so it would
+turn every kernel of the process into an interpreted one. Here calls between device functions are
+interpreted only while a kernel launched through `Interpreted` runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+
+class Interpreted:
+    """wrap=Interpreted in place of wrap=torch.library.wrap_triton."""
+
+    def __init__(self, kernel: JITFunction[Any]) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            with (
+                mock.patch.object(JITFunction, "__call__", _call_interpreted),
+                mock.patch.object(interpreter, "_convert_float", _convert_float),
+                mock.patch.object(interpreter.InterpreterBuilder, "create_dot", _dot),
+            ):
+                _interpreted(self.kernel.fn)[grid](*args, **kwargs)
+
+        return launch
+
+
+def _call_interpreted(function: JITFunction[Any], *args: Any, **kwargs: Any) -> Any:
+    return _interpreted(function.fn)(*args, **kwargs)
+
+
+@functools.cache
+def _interpreted(function: Callable[..., Any]) -> InterpretedFunction[Any]:
+    # Keyed by the Python function: hashing a JITFunction reads Triton's patched library.
+    return InterpretedFunction(function)
+
+
+# bf16 is uint16 bits in the interpreter: its dot multiplies the bits, and its rounding drops the
+# carry into the exponent.
+_convert_any_float = interpreter._convert_float
+_any_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def _convert_float(value: Any, source: Any, target: Any, rounding: Any) -> Any:
+    if source == tl.float32 and target == tl.bfloat16:
+        bits = torch.from_numpy(value.view(np.float32).copy()).bfloat16().view(torch.int16)
+        return bits.numpy().view(np.uint16).reshape(value.shape)
+    return _convert_any_float(value, source, target, rounding)
+
+
+def _dot(builder: Any, a: Any, b: Any, d: Any, *args: Any) -> Any:
+    if a.dtype == tl.bfloat16:
+        a, b = _widened(a), _widened(b)
+    return _any_dot(builder, a, b, d, *args)
+
+
+def _widened(handle: Any) -> Any:
+    bits = handle.data.astype(np.uint32) << 16
+    return interpreter.TensorHandle(bits.view(np.float32), tl.float32)

@@ -1,0 +1,87 @@
+"""Unmodified transformers models: every MoE layer is rewritten and the numbers hold."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import zoo
+
+from inductor_moe.backend import collected
+from inductor_moe.testing import capture, graph_backend, relative_error
+
+PROMPT, LONGER = 16, 70
+CASES = [
+    pytest.param(torch.bfloat16, "grouped_mm", None, id="bf16-grouped-static"),
+    pytest.param(torch.float32, "batched_mm", True, id="fp32-batched-dynamic"),
+    pytest.param(torch.float32, "grouped_mm", None, id="fp32-grouped-static", marks=pytest.mark.slow),
+    pytest.param(torch.bfloat16, "batched_mm", None, id="bf16-batched-static", marks=pytest.mark.slow),
+    pytest.param(torch.bfloat16, "grouped_mm", True, id="bf16-grouped-dynamic", marks=pytest.mark.slow),
+    pytest.param(torch.float32, "grouped_mm", True, id="fp32-grouped-dynamic", marks=pytest.mark.slow),
+    pytest.param(torch.float32, "batched_mm", None, id="fp32-batched-static", marks=pytest.mark.slow),
+    pytest.param(torch.bfloat16, "batched_mm", True, id="bf16-batched-dynamic", marks=pytest.mark.slow),
+]  # fmt: skip
+FAMILIES = [pytest.param(family, id=family.name) for family in zoo.MOE]
+
+
+@functools.cache
+def built(family):
+    return family.build()
+
+
+def assert_as_exact_as_eager(fused, eager, reference, slack=2.0):
+    """The fused error against fp64 is at most `slack` times eager's in the same dtype."""
+    fused_error = relative_error(fused, reference)
+    eager_error = relative_error(eager, reference)
+    assert fused_error <= slack * eager_error, f"fused {fused_error:.2e}, eager {eager_error:.2e}"
+
+
+def assert_every_layer_matched(report, family):
+    assert report.graphs == 1
+    assert report.refused == (), str(report)
+    assert report.counts() == {"moe_experts": family.moe_layers}, str(report)
+    for site in report.matched:
+        assert ".mlp" in site.module or ".feed_forward" in site.module or "moe" in site.module
+
+
+@pytest.mark.parametrize("dtype, experts, dynamic", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefill(family, dtype, experts, dynamic):
+    if not family.switchable and experts == "batched_mm":
+        pytest.skip("transformers gives this family one implementation")
+    model, exact = zoo.prepare(built(family), dtype, experts, family.switchable)
+    compiled = torch.compile(model, backend=graph_backend(), fullgraph=True, dynamic=dynamic)
+    with torch.no_grad(), collected() as reports:
+        for length in (PROMPT, LONGER):
+            ids = zoo.prompt(model, length, seed=length)
+            reference = exact(ids, use_cache=False).logits
+            eager = model(ids, use_cache=False).logits
+            fused = compiled(ids, use_cache=False).logits
+            assert_as_exact_as_eager(fused, eager, reference)
+    assert len(reports) == (1 if dynamic else 2)
+    for report in reports:
+        assert_every_layer_matched(report, family)
+
+
+@pytest.mark.parametrize("dtype, experts, dynamic", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decode_with_a_static_cache(family, dtype, experts, dynamic):
+    if not family.switchable and experts == "batched_mm":
+        pytest.skip("transformers gives this family one implementation")
+    model, exact = zoo.prepare(built(family), dtype, experts, family.switchable)
+    ids, following = zoo.prompt(model, PROMPT, seed=3), zoo.prompt(model, 1, seed=4)
+    logits = {}
+    for name, module in (("reference", exact), ("eager", model), ("fused", model)):
+        cache = zoo.static_cache(module)
+        with torch.no_grad():
+            module(ids, past_key_values=cache)
+            if name == "fused":
+                result, report = capture(
+                    module, following, dynamic=dynamic, past_key_values=cache
+                )
+            else:
+                result = module(following, past_key_values=cache)
+        logits[name] = result.logits
+    assert_every_layer_matched(report, family)
+    assert_as_exact_as_eager(logits["fused"], logits["eager"], logits["reference"])
