@@ -29,6 +29,7 @@ class Backend:
     """Compiles Dynamo's graphs with Inductor after fusing MoE and delta-rule sites."""
 
     __name__ = "inductor_moe"
+    is_inductor_moe = True
 
     def __call__(
         self,
@@ -177,5 +178,14 @@ def collected() -> Iterator[list[Report]]:
     yield found
     found.extend(reporting.reports()[before:])
 
+
+def _install_capture() -> None:
+    from inductor_moe.capture import delta_rule
+
+    delta_rule.install()
+
+
+# The backend is resolved before Dynamo traces, and this module is what resolving it imports.
+_install_capture()
 
 inductor_moe = Backend()

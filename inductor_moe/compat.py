@@ -123,11 +123,13 @@ def run_post_grad_passes(gm: fx.GraphModule) -> None:
 
 def graph_fake_mode(graph: fx.Graph) -> Any:
     """The fake mode of the values in a graph."""
-    from torch._guards import detect_fake_mode
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    values = [node.meta["val"] for node in graph.nodes if "val" in node.meta]
-    return detect_fake_mode(values) or FakeTensorMode()
+    for node in graph.nodes:
+        for value in torch.utils._pytree.tree_leaves(node.meta.get("val")):
+            if hasattr(value, "fake_mode"):
+                return value.fake_mode
+    return FakeTensorMode()
 
 
 @contextlib.contextmanager
@@ -225,6 +227,34 @@ def register_lowering(op: Any, lowering: Callable[..., Any]) -> None:
     from torch._inductor.lowering import register_lowering as inductor_register
 
     inductor_register(op, type_promotion_kind=None)(lowering)
+
+
+def fake_arguments() -> tuple[Any, ...]:
+    """The fake values of the positional arguments of the node that is being lowered."""
+    from torch._inductor.virtualized import V
+
+    return tuple(fx.map_arg(V.graph.current_node.args, lambda n: n.meta["val"]))
+
+
+def lower_to_eager_call(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Lower to a call of the op's eager kernel."""
+    from torch._inductor.lowering import fallback_handler
+
+    return fallback_handler(op, add_to_fallback_set=False)(*args, **kwargs)
+
+
+def tracing_backend_is_ours() -> bool:
+    """Whether Dynamo, which calls this while it traces, traces for our backend."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    backend = InstructionTranslator.current_tx().output.compiler_fn
+    while backend is not None:
+        if getattr(backend, "is_inductor_moe", False):
+            return True
+        backend = getattr(backend, "_torchdynamo_orig_backend", None) or getattr(
+            backend, "compiler_fn", None
+        )
+    return False
 
 
 def lower_by_tracing(

@@ -154,9 +154,9 @@ def source_of(node: fx.Node) -> str:
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     if not frames:
         return ""
-    torch_folder = str(Path(torch.__file__).parent)
+    libraries = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
     file, line, code = next(
-        (frame for frame in reversed(frames) if not frame[0].startswith(torch_folder)), frames[-1]
+        (frame for frame in reversed(frames) if not frame[0].startswith(libraries)), frames[-1]
     )
     parts = Path(file).parts
     shown = os.path.join(*parts[-3:]) if len(parts) > 3 else file

@@ -9,6 +9,7 @@ import functools
 @functools.cache
 def install() -> None:
     """Register every lowering with Inductor. Idempotent."""
-    from inductor_moe.lowerings import moe
+    from inductor_moe.lowerings import delta_rule, moe
 
     moe.register()
+    delta_rule.register()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_moe.compat import statically_true
+from inductor_moe.compat import graph_fake_mode, statically_true
 from inductor_moe.patterns.rewrite import Refusal
 
 aten = torch.ops.aten
@@ -167,14 +167,9 @@ def call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node, **kwargs: Any)
         if key in like.meta:
             node.meta[key] = like.meta[key]
     values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-    with fake_mode_of(like):
+    with graph_fake_mode(graph):
         node.meta["val"] = target(*values, **named)
     return node
-
-
-def fake_mode_of(node: fx.Node) -> Any:
-    """The fake mode that a node's value lives in."""
-    return tensor(node).fake_mode  # type: ignore[attr-defined]
 
 
 def size_of(graph: fx.Graph, node: fx.Node, dim: int, like: fx.Node) -> Any:

@@ -58,12 +58,18 @@ MLA = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
-    """One family: its config, its MoE layers, whether transformers can switch its experts."""
+    """One family: its config, its layers, whether transformers can switch its experts."""
 
     name: str
     overrides: dict[str, Any]
     moe_layers: int = 2
     switchable: bool = True
+    delta_layers: int = 0
+
+    def expected(self) -> dict[str, int]:
+        """The counts of a report in which every layer is fused."""
+        counts = {"moe_experts": self.moe_layers, "delta_rule": self.delta_layers}
+        return {op: count for op, count in counts.items() if count}
 
     def build(self, seed: int = 0) -> torch.nn.Module:
         """The model in fp32, with weights large enough that every part matters."""
@@ -107,8 +113,14 @@ def decide_routing(model: torch.nn.Module) -> None:
 MOE = (
     Family("qwen2_moe", {**QWEN, "shared_expert_intermediate_size": 24}),
     Family("qwen3_moe", QWEN),
-    Family("qwen3_next", {**QWEN, **LINEAR, "shared_expert_intermediate_size": 24}),
-    Family("qwen3_5_moe_text", {**QWEN, **LINEAR, "shared_expert_intermediate_size": 24}),
+    Family(
+        "qwen3_next", {**QWEN, **LINEAR, "shared_expert_intermediate_size": 24},
+        delta_layers=1,
+    ),
+    Family(
+        "qwen3_5_moe_text", {**QWEN, **LINEAR, "shared_expert_intermediate_size": 24},
+        delta_layers=1,
+    ),
     Family("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2}),
     Family("olmoe", {"num_experts": 8, "num_experts_per_tok": 2}),
     Family("deepseek_v2", {**DEEPSEEK, **MLA, "topk_method": "group_limited_greedy"}),

@@ -31,6 +31,7 @@ def graph_backend(
         with compat.no_caches():
             return inductor_moe(gm, example_inputs, options=options, inner_compile=inner_compile)
 
+    backend.is_inductor_moe = True  # type: ignore[attr-defined]
     return backend
 
 

@@ -63,6 +63,11 @@ def grouped_gemm_tile(
     n_offset, k_offset = weight_offsets(n, k, stride_wn, stride_wk, W_INNER)
     w_ptrs = w_expert + n_offset[None, :] + k_offset[:, None]
 
+    if HAS_WEIGHTS:
+        # Ahead of the loop, which hides its latency.
+        scale_ptrs = weights + (pair // TOP_K).to(tl.int64) * stride_st
+        scale = tl.load(scale_ptrs + (pair % TOP_K) * stride_sk)
+
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, k_dim, BLOCK_K):
         if EVEN_K:
@@ -89,8 +94,6 @@ def grouped_gemm_tile(
         acc, BLOCK_M, BLOCK_N, GATE, W_INNER, ACTIVATION, ALPHA, UP_OFFSET, LIMIT
     )
     if HAS_WEIGHTS:
-        scale_ptrs = weights + (pair // TOP_K).to(tl.int64) * stride_st
-        scale = tl.load(scale_ptrs + (pair % TOP_K) * stride_sk)
         value *= scale.to(tl.float32)[:, None]
     if OUT_SORTED:
         out_row = row
@@ -154,9 +157,9 @@ def moe_grouped_gemm_kernel(
     n_block = (pid % per_group) // group_size
 
     expert = tl.load(blocks + block)
+    first_row = tl.load(blocks + capacity + block)
+    rows = tl.load(blocks + 2 * capacity + block)
     if expert >= 0:
-        first_row = tl.load(blocks + capacity + block)
-        rows = tl.load(blocks + 2 * capacity + block)
         w_expert = w + expert.to(tl.int64) * stride_we
         bias_expert = bias + expert.to(tl.int64) * stride_be
         short = False

@@ -27,30 +27,26 @@ def known_expert(loaded, experts):
 def store_blocks(
     counts,  # [BINS] int32
     blocks,  # [3, capacity] int32, written
-    experts,
     capacity,
     BINS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    CUT: tl.constexpr,
 ):
     """Cut each expert's rows into blocks; returns the first row of each expert, [BINS]."""
-    bins = tl.arange(0, BINS)
+    expert = tl.arange(0, BINS)
     cuts = (counts + (BLOCK_M - 1)) // BLOCK_M
-    cut_end = tl.cumsum(cuts, 0)
-    row_end = tl.cumsum(counts, 0)
-    row_start = row_end - counts
-    # Row of block b of an expert, were b counted from the expert's first block.
-    shifted = row_start - (cut_end - cuts) * BLOCK_M
-    for start in range(0, capacity, CUT):
-        b = start + tl.arange(0, CUT)
-        expert = tl.sum((cut_end[None, :] <= b[:, None]).to(tl.int32), 1)
-        here = bins[None, :] == expert[:, None]
-        first = tl.sum(tl.where(here, shifted[None, :], 0), 1) + b * BLOCK_M
-        end = tl.sum(tl.where(here, row_end[None, :], 0), 1)
-        used = expert < experts
-        tl.store(blocks + b, tl.where(used, expert, -1), mask=b < capacity)
-        tl.store(blocks + capacity + b, first, mask=b < capacity)
-        tl.store(blocks + 2 * capacity + b, tl.minimum(end - first, BLOCK_M), mask=b < capacity)
+    first_cut = tl.cumsum(cuts, 0) - cuts
+    row_start = tl.cumsum(counts, 0) - counts
+    for cut in range(0, tl.max(cuts, 0)):
+        b = first_cut + cut
+        rows = counts - cut * BLOCK_M
+        has = rows > 0
+        tl.store(blocks + b, expert, mask=has)
+        tl.store(blocks + capacity + b, row_start + cut * BLOCK_M, mask=has)
+        tl.store(blocks + 2 * capacity + b, tl.minimum(rows, BLOCK_M), mask=has)
+    used = tl.sum(cuts, 0)
+    for start in range(0, capacity, BINS):
+        b = start + expert
+        tl.store(blocks + b, -1, mask=(b >= used) & (b < capacity))
     return row_start
 
 
@@ -67,7 +63,6 @@ def moe_sort_by_rank_kernel(
     TOP_K: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    CUT: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -77,12 +72,12 @@ def moe_sort_by_rank_kernel(
     """
     if tl.program_id(0) == tl.num_programs(0) - 1:
         counts = tl.zeros((BINS,), tl.int32)
-        for start in range(0, pairs, CHUNK):
-            pair = start + tl.arange(0, CHUNK)
+        for start in range(0, pairs, 1024):
+            pair = start + tl.arange(0, 1024)
             ptrs = id_pointers(ids, pair, stride_it, stride_ik, TOP_K)
             expert = known_expert(tl.load(ptrs, mask=pair < pairs, other=-1), experts)
             counts += tl.histogram(expert, BINS, mask=expert < experts)
-        store_blocks(counts, blocks, experts, capacity, BINS, BLOCK_M, CUT)
+        store_blocks(counts, blocks, capacity, BINS, BLOCK_M)
     else:
         pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         ptrs = id_pointers(ids, pair, stride_it, stride_ik, TOP_K)
@@ -118,59 +113,66 @@ def moe_sort_count_kernel(
     tl.store(counts + chunk * BINS + tl.arange(0, BINS), count)
 
 
-@triton.jit(do_not_specialize=["chunks", "capacity"])
+@triton.jit(do_not_specialize=["chunks"])
 def moe_sort_scan_kernel(
     counts,  # [chunks, BINS] int32
-    base,  # [chunks + 1, BINS] int32, written: earlier chunks' pairs; last, each expert's first row
-    blocks,  # [3, capacity] int32, written
+    base,  # [chunks, BINS] int32, written: the sum of earlier chunks' counts
+    totals,  # [2, BINS] int32, the first row written
     chunks,
-    experts,
+    BINS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    expert = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.int32)
+    for start in range(0, chunks, ROWS):
+        chunk = start + tl.arange(0, ROWS)
+        at = chunk[:, None] * BINS + expert[None, :]
+        exists = (chunk < chunks)[:, None]
+        tile = tl.load(counts + at, mask=exists, other=0)
+        tl.store(base + at, tl.cumsum(tile, 0) - tile + total[None, :], mask=exists)
+        total += tl.sum(tile, 0)
+    tl.store(totals + expert, total)
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def moe_sort_blocks_kernel(
+    totals,  # [2, BINS] int32: pairs of each expert; second row written: each expert's first row
+    blocks,  # [3, capacity] int32, written
     capacity,
     BINS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    CUT: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
-    bins = tl.arange(0, BINS)
-    total = tl.zeros((BINS,), tl.int32)
-    for start in range(0, chunks, ROWS):
-        chunk = start + tl.arange(0, ROWS)
-        ptrs = chunk[:, None] * BINS + bins[None, :]
-        tile = tl.load(counts + ptrs, mask=(chunk < chunks)[:, None], other=0)
-        before = tl.cumsum(tile, 0) - tile + total[None, :]
-        tl.store(base + ptrs, before, mask=(chunk < chunks)[:, None])
-        total += tl.sum(tile, 0)
-    row_start = store_blocks(total, blocks, experts, capacity, BINS, BLOCK_M, CUT)
-    tl.store(base + chunks * BINS + bins, row_start)
+    expert = tl.arange(0, BINS)
+    row_start = store_blocks(tl.load(totals + expert), blocks, capacity, BINS, BLOCK_M)
+    tl.store(totals + BINS + expert, row_start)
 
 
-@triton.jit(do_not_specialize=["pairs", "chunks"])
+@triton.jit(do_not_specialize=["pairs"])
 def moe_sort_place_kernel(
     ids,  # [T, K]
-    base,  # [chunks + 1, BINS] int32
+    base,  # [chunks, BINS] int32, pairs of the same expert in earlier chunks
+    totals,  # [2, BINS] int32, second row: each expert's first row
     order,  # [S] int32, written
     pairs,
-    chunks,
     experts,
     stride_it,
     stride_ik,
     TOP_K: tl.constexpr,
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
-    first = tl.program_id(0) * BLOCK
-    pair = first + tl.arange(0, BLOCK)
+    chunk = tl.program_id(0)
+    pair = chunk * CHUNK + tl.arange(0, CHUNK)
     ptrs = id_pointers(ids, pair, stride_it, stride_ik, TOP_K)
     expert = known_expert(tl.load(ptrs, mask=pair < pairs, other=-1), experts)
     valid = expert < experts
-    chunk = first // CHUNK
     place = tl.load(base + chunk * BINS + expert, mask=valid, other=0)
-    place += tl.load(base + chunks * BINS + expert, mask=valid, other=0)
-    for start in range(chunk * CHUNK, first + 1, BLOCK):
-        other = start + tl.arange(0, BLOCK)
-        rival_ptrs = id_pointers(ids, other, stride_it, stride_ik, TOP_K)
-        rival = known_expert(tl.load(rival_ptrs, mask=other < pairs, other=-1), experts)
-        before = (rival[None, :] == expert[:, None]) & (other[None, :] < pair[:, None])
-        place += tl.sum(before.to(tl.int32), 1)
+    place += tl.load(totals + BINS + expert, mask=valid, other=0)
+    # The same ids again, along the other axis: cheaper than moving them between threads.
+    rival_pair = chunk * CHUNK + tl.arange(0, CHUNK)
+    rival_ptrs = id_pointers(ids, rival_pair, stride_it, stride_ik, TOP_K)
+    rival = known_expert(tl.load(rival_ptrs, mask=rival_pair < pairs, other=-1), experts)
+    before = (rival[None, :] == expert[:, None]) & (rival_pair[None, :] < pair[:, None])
+    place += tl.sum(before.to(tl.int32), 1)
     tl.store(order + place, pair, mask=valid)

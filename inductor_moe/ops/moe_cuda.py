@@ -17,6 +17,7 @@ from torch import Tensor
 from inductor_moe.kernels.moe_decode import moe_down_decode_kernel, moe_up_decode_kernel
 from inductor_moe.kernels.moe_grouped import moe_combine_kernel, moe_grouped_gemm_kernel
 from inductor_moe.kernels.moe_sort import (
+    moe_sort_blocks_kernel,
     moe_sort_by_rank_kernel,
     moe_sort_count_kernel,
     moe_sort_place_kernel,
@@ -26,7 +27,7 @@ from inductor_moe.tiles import DecodeTile, Experts, GemmTile, Plan, choose_plan,
 
 Wrap = Callable[[Any], Any]
 # Ranking compares every pair with every other: fastest while that is one short launch.
-RANKED_PAIRS = 8192
+RANKED_PAIRS = 4096
 
 
 def _as_is(kernel: Any) -> Any:
@@ -291,31 +292,32 @@ def _sort(
     blocks = torch.empty((3 * capacity,), dtype=torch.int32, device=ids.device)
     bins = max(32, _power_of_two(experts))
     sizes = {"TOP_K": top_k, "BINS": bins}
-    cuts = {"BLOCK_M": block_m, "CUT": max(1, min(64, 16384 // bins))}
+    routed = _Routed(ids, order, blocks, capacity, block_m, wrap)
     if hint <= RANKED_PAIRS:
-        block, chunk = (16, 128) if hint <= 512 else (64, 256)
-        wrap(moe_sort_by_rank_kernel)[(_cdiv(pairs, block) + 1,)](
+        wrap(moe_sort_by_rank_kernel)[(_cdiv(pairs, 16) + 1,)](
             ids, order, blocks, pairs, experts, capacity, *ids.stride(),
-            **sizes, **cuts, BLOCK=block, CHUNK=chunk, num_warps=4 if hint <= 512 else 8,
-            num_stages=1,
+            **sizes, BLOCK_M=block_m, BLOCK=16, CHUNK=256, num_warps=4, num_stages=1,
         )  # fmt: skip
-        return _Routed(ids, order, blocks, capacity, block_m, wrap)
-    chunk = 2048
+        return routed
+    chunk = 256
     chunks = _cdiv(pairs, chunk)
     counts = torch.empty((chunks * bins,), dtype=torch.int32, device=ids.device)
-    base = torch.empty(((chunks + 1) * bins,), dtype=torch.int32, device=ids.device)
+    base = torch.empty((chunks * bins,), dtype=torch.int32, device=ids.device)
+    totals = torch.empty((2 * bins,), dtype=torch.int32, device=ids.device)
     wrap(moe_sort_count_kernel)[(chunks,)](
-        ids, counts, pairs, experts, *ids.stride(), **sizes, CHUNK=chunk, num_warps=8, num_stages=1
+        ids, counts, pairs, experts, *ids.stride(), **sizes, CHUNK=chunk, num_warps=4, num_stages=1
     )
-    wrap(moe_sort_scan_kernel)[(1,)](
-        counts, base, blocks, chunks, experts, capacity,
-        BINS=bins, **cuts, ROWS=max(1, min(16, 8192 // bins)), num_warps=8, num_stages=1,
+    wrap(moe_sort_scan_kernel)[(bins // 8,)](
+        counts, base, totals, chunks, BINS=bins, COLUMNS=8, ROWS=256, num_warps=4, num_stages=1
+    )
+    wrap(moe_sort_blocks_kernel)[(1,)](
+        totals, blocks, capacity, BINS=bins, BLOCK_M=block_m, num_warps=4, num_stages=1
+    )
+    wrap(moe_sort_place_kernel)[(chunks,)](
+        ids, base, totals, order, pairs, experts, *ids.stride(),
+        **sizes, CHUNK=chunk, num_warps=8, num_stages=1,
     )  # fmt: skip
-    wrap(moe_sort_place_kernel)[(_cdiv(pairs, 128),)](
-        ids, base, order, pairs, chunks, experts, *ids.stride(),
-        **sizes, CHUNK=chunk, BLOCK=128, num_warps=4, num_stages=1,
-    )  # fmt: skip
-    return _Routed(ids, order, blocks, capacity, block_m, wrap)
+    return routed
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,184 @@
+"""Delta-rule functions become one op while Dynamo traces for our backend.
+
+Unrolled, the chunked rule costs dozens of nodes a chunk and a recompile for every chunk count.
+Here the functions that transformers defines keep their signature and lose their body: Dynamo
+inlines a substitute that calls the op. Other backends, eager calls and graphs with gradients
+still run the original body.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.util
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from inductor_moe import compat
+from inductor_moe.ops.delta_rule import delta_rule
+
+Result = tuple[torch.Tensor, torch.Tensor | None]
+Function = Callable[..., Result]
+
+L2NORM_EPS = 1e-6
+MODULES = "transformers.models."
+
+
+def _run(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    g: torch.Tensor | None,
+    beta: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    output_final_state: bool,
+    use_qk_l2norm_in_kernel: bool,
+    cu_seqlens: torch.Tensor | None,
+) -> Result:
+    dtype = query.dtype
+    if not (key.dtype == value.dtype == dtype):
+        query, key, value = query.float(), key.float(), value.float()
+    state = None if initial_state is None else initial_state.float()
+    eps = L2NORM_EPS if use_qk_l2norm_in_kernel else None
+    scale = query.shape[-1] ** -0.5
+    out, final = delta_rule(query, key, value, g, beta, state, scale, eps, cu_seqlens)
+    return out.to(dtype), final if output_final_state else None
+
+
+def _chunked(original: Function) -> Function:
+    def substitute(
+        query: Any,
+        key: Any,
+        value: Any,
+        g: Any,
+        beta: Any,
+        chunk_size: int = 64,
+        initial_state: Any = None,
+        output_final_state: bool = False,
+        use_qk_l2norm_in_kernel: bool = False,
+        **kwargs: Any,
+    ) -> Result:
+        if not _applies() or torch.is_grad_enabled():
+            return original(
+                query, key, value, g, beta, chunk_size, initial_state, output_final_state,
+                use_qk_l2norm_in_kernel, **kwargs,
+            )  # fmt: skip
+        return _run(
+            query, key, value, g, beta, initial_state, output_final_state,
+            use_qk_l2norm_in_kernel, kwargs.get("cu_seqlens"),
+        )  # fmt: skip
+
+    return substitute
+
+
+def _recurrent(original: Function) -> Function:
+    def substitute(
+        query: Any,
+        key: Any,
+        value: Any,
+        g: Any,
+        beta: Any,
+        initial_state: Any = None,
+        output_final_state: bool = False,
+        use_qk_l2norm_in_kernel: bool = False,
+        **kwargs: Any,
+    ) -> Result:
+        if not _applies() or torch.is_grad_enabled():
+            return original(
+                query, key, value, g, beta, initial_state, output_final_state,
+                use_qk_l2norm_in_kernel, **kwargs,
+            )  # fmt: skip
+        return _run(
+            query, key, value, g, beta, initial_state, output_final_state,
+            use_qk_l2norm_in_kernel, kwargs.get("cu_seqlens"),
+        )  # fmt: skip
+
+    return substitute
+
+
+SUBSTITUTES: dict[str, Callable[[Function], Function]] = {
+    "torch_chunk_gated_delta_rule": _chunked,
+    "torch_recurrent_gated_delta_rule": _recurrent,
+    "chunk_kimi_delta_attention": _chunked,
+    "recurrent_kimi_delta_attention": _recurrent,
+}
+
+_installed: dict[types.FunctionType, str] = {}
+_enabled = True
+
+
+@torch.compiler.assume_constant_result
+def _applies() -> bool:
+    """Whether the graph being traced is for our backend. Evaluated by Dynamo, never in a graph."""
+    return _enabled and compat.tracing_backend_is_ours()
+
+
+def install() -> None:
+    """Substitute in every transformers module that is loaded, or will be. Idempotent."""
+    global _enabled
+    _enabled = True
+    for name, module in list(sys.modules.items()):
+        if name.startswith(MODULES) and ".modeling_" in name:
+            _substitute(module)
+    _watch_imports()
+
+
+def uninstall() -> None:
+    """Graphs traced from now on run the original bodies again."""
+    global _enabled
+    _enabled = False
+
+
+def _substitute(module: types.ModuleType) -> None:
+    for name, make in SUBSTITUTES.items():
+        function = vars(module).get(name)
+        if not isinstance(function, types.FunctionType) or function in _installed:
+            continue
+        _installed[function] = f"{module.__name__}.{name}"
+        torch.compiler.substitute_in_graph(function, skip_signature_check=True)(
+            make(_copied(function))
+        )
+
+
+def _copied(function: types.FunctionType) -> Any:
+    """The same function under another identity, which Dynamo inlines as it stands."""
+    copied = types.FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
+
+
+class _ImportWatch(importlib.abc.MetaPathFinder):
+    """Lets the other finders find a modeling module and substitutes in it once it has run."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if not (name.startswith(MODULES) and ".modeling_" in name):
+            return None
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(name, path, target)
+            if spec is not None and spec.loader is not None:
+                run = spec.loader.exec_module
+
+                def exec_module(module: types.ModuleType, run: Any = run) -> None:
+                    run(module)
+                    _substitute(module)
+
+                spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+                return spec
+        return None
+
+
+@functools.cache
+def _watch_imports() -> None:
+    sys.meta_path.insert(0, _ImportWatch())
