@@ -117,14 +117,23 @@ def choose(
 def run(setup: Setup, stage: Stage) -> Result:
     """Build, run eagerly, in fp64, with Inductor and with our backend; compare.
 
-    `stage(text)` is entered around each part of the work, for progress.
+    `stage(text)` is entered around each part of the work, for progress. A CPU runs on one thread:
+    layers this small gain nothing from more, and wait for them.
     """
+    with _one_thread_on_cpu(setup.device):
+        return _run(setup, stage)
+
+
+def _run(setup: Setup, stage: Stage) -> Result:
     with stage("build the model"):
         model = build(setup)
     generation = Generation(model, setup)
     ways: dict[str, Callable[..., Any]] = {EAGER: model}
     for backend in (STOCK, OURS):
-        ways[backend] = torch.compile(model, backend=backend, mode=setup.mode, fullgraph=True)
+        # Static, or the second to compile would get dynamic shapes from what the first saw.
+        ways[backend] = torch.compile(
+            model, backend=backend, mode=setup.mode, fullgraph=True, dynamic=False
+        )
     with torch.no_grad():
         with stage("run it in fp64"), in_fp64(model, setup.experts):
             exact = Generation(model, setup).all(model)
@@ -140,6 +149,17 @@ def run(setup: Setup, stage: Stage) -> Result:
             seconds = generation.times(ways)
     runs = {way: Run(errors[way], seconds[way]) for way in ways}
     return Result(setup, runs, merge(reports), judge(setup, runs, reports))
+
+
+@contextlib.contextmanager
+def _one_thread_on_cpu(device: str) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if device == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def build(setup: Setup) -> Any:

@@ -61,16 +61,17 @@ def rewrite(graph: fx.Graph, options: Options) -> list[Site]:
         canonicalise(graph)
     except Exception as error:
         _failed("canonical form", error, options)
-    sites: list[Site] = []
+    found: list[tuple[fx.Node, Site]] = []
     taken: set[fx.Node] = set()
     for form in ALL:
         if not options.enabled(form.name):
             continue
         for anchor in list(form.anchors(graph)):
             if anchor not in taken:
-                sites.append(_rewrite_site(graph, form, anchor, taken, options))
+                found.append((anchor, _rewrite_site(graph, form, anchor, taken, options)))
     graph.eliminate_dead_code()
-    return sites
+    # One form's refusal says nothing where another form fused the same site.
+    return [site for anchor, site in found if site.matched or anchor not in taken]
 
 
 def _rewrite_site(

@@ -1,8 +1,8 @@
 """Which kernels and tiles an expert layer gets: a table per GPU, or a rule where there is none.
 
 Nothing is measured at run time. A table is `lowerings/configs/<gpu>.json`, made by
-`examples/benchmarks/moe_experts.py`; a shape it holds takes the entry with the nearest number of
-tokens, any other shape the rule.
+`examples/benchmarks/moe_experts.py`; a layer it holds takes the entry with the nearest number of
+tokens, up to four times away, any other layer the rule.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +121,8 @@ def choose_plan(layer: Experts, tokens: int, gpu: Gpu | None) -> Plan:
     plans = table.get(layer)
     if not plans:
         return plan_by_rule(layer, tokens, gpu)
-    nearest = min(plans, key=lambda m: (abs(math.log2(max(tokens, 1) / m)), m))
-    return plans[nearest]
+    distance, nearest = min((abs(math.log2(max(tokens, 1) / m)), m) for m in plans)
+    return plans[nearest] if distance <= 2 else plan_by_rule(layer, tokens, gpu)
 
 
 def table_path(gpu_name: str) -> Path:
@@ -153,30 +153,44 @@ def load_table(gpu_name: str) -> dict[Experts, dict[int, Plan]] | None:
 def _warn_no_table(gpu_name: str) -> None:
     log.warning(
         "no tuned expert tiles for %s; using the built-in rule. "
-        "`inductor-moe tune` writes a table.",
+        "`examples/benchmarks/moe_experts.py tune` makes a table.",
         gpu_name,
     )
 
 
 def plan_by_rule(layer: Experts, tokens: int, gpu: Gpu) -> Plan:
-    """Tiles from sizes alone: stream weights while they bound the time, then fill the MMA units."""
+    """Tiles from sizes alone, as the measured tables have them.
+
+    Few rows an expert: stream weights, through the decode kernels while no expert repeats much.
+    Many: blocks as tall as an expert's rows, halved at its end.
+    """
     pairs = tokens * layer.top_k
     per_expert = pairs / layer.experts
-    if pairs <= 64 and per_expert <= 1:
-        return Plan(0, _decode_up(layer), _decode_down(layer, tokens, gpu))
+    k_inner = layer.up_inner == layer.down_inner == "k"
+    if pairs <= 128 and per_expert <= 1 and k_inner:
+        up = DecodeTile(4, 2048, 4) if layer.hidden % 2048 == 0 else DecodeTile(4, 1024, 2)
+        return Plan(0, up, DecodeTile(4 if tokens == 1 else 8, 512, 4, unroll=4))
     if layer.itemsize == 4:
         block_m = 16 if per_expert <= 16 else 32
-        tile = GemmTile(64, 32, 4, 4, 3)
-    elif per_expert <= 16:
-        block_m, tile = 16, GemmTile(128, 64, 1, 4, 4)
+        up = down = GemmTile(64, 32, 4, 4, 3)
+    elif per_expert <= 12:
+        block_m = 16
+        up, down = GemmTile(64, 128, 8, 4, 4), GemmTile(128, 128, 8, 4, 3)
+        if not k_inner:
+            up, down = GemmTile(256, 64, 8, 8, 3), GemmTile(128, 64, 8, 4, 4)
+    elif per_expert <= 24:
+        block_m, up = 32, GemmTile(128, 128, 8, 4, 3)
     elif per_expert <= 48:
-        block_m, tile = 32, GemmTile(128, 64, 4, 4, 4)
-    elif per_expert <= 128:
-        block_m, tile = 64, GemmTile(256, 64, 8, 8, 3)
+        block_m, up = 64, GemmTile(128, 128, 1, 4, 2, tail=True)
+    elif per_expert <= 96:
+        block_m, up = 128, GemmTile(128, 64, 4, 8, 3, tail=True)
     else:
-        block_m, tile = 128, GemmTile(256, 64, 8, 8, 3)
-    tile = _fit(tile, block_m, layer.itemsize, gpu)
-    return Plan(block_m, tile, tile)
+        block_m, up = 128, GemmTile(256, 64, 8, 8, 4, tail=True)
+    if per_expert > 12 and layer.itemsize == 2:
+        down = up
+    return Plan(
+        block_m, _fit(up, block_m, layer.itemsize, gpu), _fit(down, block_m, layer.itemsize, gpu)
+    )
 
 
 def _fit(tile: GemmTile, block_m: int, itemsize: int, gpu: Gpu) -> GemmTile:
@@ -190,23 +204,4 @@ def _fit(tile: GemmTile, block_m: int, itemsize: int, gpu: Gpu) -> GemmTile:
             stages -= 1
         else:
             block_n //= 2
-    return GemmTile(block_n, tile.block_k, tile.group_m, tile.warps, stages)
-
-
-def _decode_up(layer: Experts) -> DecodeTile:
-    if layer.up_inner != "k":
-        return DecodeTile(32, 128, 4, 2)
-    return DecodeTile(8, _block(layer.hidden, 1024), 4, 1)
-
-
-def _decode_down(layer: Experts, tokens: int, gpu: Gpu) -> DecodeTile:
-    if layer.down_inner == "k":
-        return DecodeTile(4, _block(layer.inner, 512), 4, 4)
-    columns = 32
-    programs = tokens * math.ceil(layer.hidden / columns)
-    split = layer.top_k if programs < 4 * gpu.multiprocessors else 1
-    return DecodeTile(columns, 128, 4, 2, split)
-
-
-def _block(size: int, most: int) -> int:
-    return min(most, max(64, 1 << (size - 1).bit_length()))
+    return replace(tile, block_n=block_n, stages=stages)

@@ -11,8 +11,9 @@ from inductor_moe.reference import delta_rule as reference
 
 
 def register() -> None:
-    """Register the lowerings of delta_rule."""
+    """Register the lowerings of delta_rule and delta_decode."""
     lower(ops.delta_rule, delta_rule_lowering, traceable=_traceable)
+    lower(ops.delta_decode, delta_decode_lowering)
 
 
 def delta_rule_lowering(q: Any, *args: Any) -> Any:
@@ -22,6 +23,15 @@ def delta_rule_lowering(q: Any, *args: Any) -> Any:
     from inductor_moe.kernels.delta_rule import delta_rule
 
     return delta_rule(q, *args, tokens_hint=compat.size_hint(q.shape[1]))
+
+
+def delta_decode_lowering(qkv: Any, *args: Any) -> Any:
+    """The implementation that is traced into the graph; it updates both states in place."""
+    if not compat.runs_triton_kernels(qkv.device):
+        return reference.delta_decode(qkv, *args)
+    from inductor_moe.kernels.delta_decode import delta_decode
+
+    return delta_decode(qkv, *args)
 
 
 def _traceable(q: Any, *args: Any) -> bool:

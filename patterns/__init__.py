@@ -3,10 +3,16 @@
 if __name__ == "patterns":
     raise ImportError("import inductor_moe.patterns, not patterns: the folder is part of the package")
 
-from inductor_moe.patterns.delta_rule import heads
+from inductor_moe.patterns.delta_rule import decode, heads
 from inductor_moe.patterns.moe import dense, experts
 from inductor_moe.patterns.rewrite import Refusal, Rewrite
 
-ALL: tuple[Rewrite, ...] = (experts.GROUPED, experts.BATCHED, dense.DENSE, heads.CALLED)
+ALL: tuple[Rewrite, ...] = (
+    experts.GROUPED,
+    experts.BATCHED,
+    dense.DENSE,
+    decode.DECODE,
+    heads.CALLED,
+)
 
 __all__ = ["ALL", "Refusal", "Rewrite"]

@@ -191,7 +191,7 @@ def test_demo_restores_the_weights_after_fp64():
 
 
 def runs(ours):
-    exact = {phase: 1e-3 for phase in demo.PHASES}
+    exact = dict.fromkeys(demo.PHASES, 0.001)
     errors = {demo.EAGER: exact, demo.STOCK: exact, demo.OURS: dict.fromkeys(demo.PHASES, ours)}
     return {way: demo.Run(error, exact) for way, error in errors.items()}
 

@@ -1,6 +1,7 @@
 """Check and time the delta-rule kernels on a GPU.
 
     python examples/benchmarks/delta_rule.py check [--shard 0/4]
+    python examples/benchmarks/delta_rule.py profile
     python examples/benchmarks/delta_rule.py time [--json FILE] [--variants] [--providers ours,fla]
 
 Times are medians of 30 replays of one CUDA graph that rotates several input sets, every launch
@@ -28,6 +29,10 @@ HEADS, VALUE_HEADS, WIDTH, TAPS = 16, 32, 128, 4
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda")
+
+
 def sequence(
     tokens: int,
     gate: str = "head",
@@ -41,18 +46,15 @@ def sequence(
     sequences: int | None = None,
     state_dtype: torch.dtype = FP32,
 ) -> dict[str, Any]:
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, device="cuda")
-
     channels = (key,) if gate == "channel" else ()
-    g = -decay * random(batch, tokens, value_heads, *channels).abs()
+    g = -decay * randn(batch, tokens, value_heads, *channels).abs()
     return {
-        "q": random(batch, tokens, heads, key).to(dtype),
-        "k": random(batch, tokens, heads, key).to(dtype),
-        "v": random(batch, tokens, value_heads, value).to(dtype),
+        "q": randn(batch, tokens, heads, key).to(dtype),
+        "k": randn(batch, tokens, heads, key).to(dtype),
+        "v": randn(batch, tokens, value_heads, value).to(dtype),
         "g": None if gate == "none" else g,
-        "beta": random(batch, tokens, value_heads).sigmoid(),
-        "state": random(sequences or batch, value_heads, key, value).to(state_dtype),
+        "beta": randn(batch, tokens, value_heads).sigmoid(),
+        "state": randn(sequences or batch, value_heads, key, value).to(state_dtype),
         "scale": key**-0.5,
         "l2norm_eps": 1e-6,
     }
@@ -67,23 +69,20 @@ def decode_inputs(
     dtype: torch.dtype = BF16,
     per_channel: bool = False,
 ) -> dict[str, Any]:
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, device="cuda")
-
     channels = 2 * heads * key + value_heads * value
     gates = (value_heads, key) if per_channel else (value_heads,)
     return {
-        "qkv": random(batch, channels).to(dtype),
-        "conv_state": random(batch, channels, TAPS).to(dtype),
-        "conv_weight": random(channels, TAPS).to(dtype),
+        "qkv": randn(batch, channels).to(dtype),
+        "conv_state": randn(batch, channels, TAPS).to(dtype),
+        "conv_weight": randn(channels, TAPS).to(dtype),
         "conv_bias": None,
-        "a": random(batch, *gates).to(dtype),
-        "b": random(batch, value_heads).to(dtype),
+        "a": randn(batch, *gates).to(dtype),
+        "b": randn(batch, value_heads).to(dtype),
         "A_log": torch.rand(value_heads, device="cuda"),
-        "dt_bias": random(*gates),
-        "recurrent_state": random(batch, value_heads, key, value),
-        "z": random(batch, value_heads, value).to(dtype),
-        "norm_weight": random(value),
+        "dt_bias": randn(*gates),
+        "recurrent_state": randn(batch, value_heads, key, value),
+        "z": randn(batch, value_heads, value).to(dtype),
+        "norm_weight": randn(value),
         "slots": None,
         "scale": key**-0.5,
     }
@@ -177,7 +176,8 @@ def check_decode(name: str, options: dict[str, Any] | None = None, **shape: Any)
     )
     out = poisoned(lambda: delta_decode.delta_decode(**arguments, **(options or {})))
     print(
-        f"decode {name:28} out {error(out, want):.1e} (rounding {error(want.to(out.dtype), want):.1e})"
+        f"decode {name:28} out {error(out, want):.1e}"
+        f" (rounding {error(want.to(out.dtype), want):.1e})"
         f" conv {error(arguments['conv_state'], wide['conv_state']):.1e}"
         f" state {error(arguments['recurrent_state'], wide['recurrent_state']):.1e}",
         flush=True,
@@ -202,8 +202,8 @@ def check_trace(gate: str, tokens: int) -> None:
 
 
 def check(shard: int, shards: int) -> None:
-    one_launch = {"one_launch": True}
-    block = {"tile": Tile(128, 32, 4)}
+    whole_head = {"tile": Tile(WIDTH, WIDTH, 8)}
+    one_launch = {"tile": Tile(WIDTH, 2 * WIDTH, 16)}
     small = {"heads": 2, "value_heads": 4}
     cases: list[Callable[[], Any]] = []
     for gate in ("head", "channel", "none"):
@@ -231,10 +231,10 @@ def check(shard: int, shards: int) -> None:
         lambda: check_trace("head", 4),
         lambda: check_decode("two launches", batch=3),
         lambda: check_decode("one launch", one_launch, batch=3),
-        lambda: check_decode("three launches", block, batch=3),
+        lambda: check_decode("whole head", whole_head, batch=3),
         lambda: check_decode("per channel", batch=2, per_channel=True),
         lambda: check_decode("256", batch=2, key=256, value=256, **small),
-        lambda: check_decode("40x24", one_launch, batch=2, key=40, value=24, **small),
+        lambda: check_decode("40x24", batch=2, key=40, value=24, **small),
     ]
     for case in cases[shard::shards]:
         try:
@@ -313,13 +313,9 @@ def time_all(
 
     decode_variants: dict[str, dict[str, Any]] = {"default": {}}
     if variants:
-        decode_variants |= {
-            "one launch, 8 warps": {"one_launch": True, "tile": Tile(128, 128, 8)},
-            "one launch, 16 warps": {"one_launch": True, "tile": Tile(128, 128, 16)},
-            "two launches, 16 warps": {"tile": Tile(128, 128, 16)},
-            "three, 32 wide, 4 warps": {"tile": Tile(128, 32, 4)},
-            "three, 64 wide, 8 warps": {"tile": Tile(128, 64, 8)},
-        }
+        tiles = ((16, 2), (32, 2), (64, 4), (64, 8), (128, 8), (128, 16), (256, 16))
+        for value, warps in tiles:
+            decode_variants[f"{value} wide, {warps} warps"] = {"tile": Tile(WIDTH, value, warps)}
     for batch in (1, 8, 32, 128, 256):
         sets = [decode_inputs(batch) for _ in range(max(2, 64 // batch))]
         for name, options in decode_variants.items():
@@ -332,25 +328,21 @@ def time_all(
             )
     chunk = delta_chunk.delta_rule_chunk
     channel = delta_chunk_channel.delta_rule_chunk_channel
-    chunk_variants: dict[str, dict[str, Any]] = {"default": {}}
+    channel_variants: dict[str, dict[str, Any]] = {"default": {}}
     if variants:
-        chunk_variants |= {
-            "intra 8 warps": {"intra": Tile(128, 0, 8)},
-            "intra 64 wide": {"intra": Tile(64, 0, 4)},
-            "scan 2 stages": {"scan": Tile(128, 32, 4, 2)},
-            "scan 16 wide": {"scan": Tile(128, 16, 4, 3)},
-            "scan 64 wide": {"scan": Tile(128, 64, 4, 3)},
-            "scan 8 warps": {"scan": Tile(128, 32, 8, 3)},
-        }
-    for tokens in (64, 512, 2048, 8192):
+        for key, warps in ((32, 4), (32, 8), (128, 8)):
+            tile = Tile(key, 0, warps)
+            channel_variants[f"intra {key} wide, {warps} warps"] = {"intra": tile}
+    for tokens in (64, 512, 2048, 8192, 32768):
         sets = [sequence(tokens) for _ in range(4 if tokens < 4096 else 2)]
-        for name, options in chunk_variants.items():
-            report(
-                "chunk", f"T={tokens}", f"ours, {name}", lambda o=options, **a: chunk(**a, **o), sets
-            )
+        report("chunk", f"T={tokens}", "ours", lambda **a: chunk(**a), sets)
     for tokens in (512, 2048, 8192):
         sets = [sequence(tokens, "channel") for _ in range(2)]
-        report("channel", f"T={tokens}", "ours", lambda **a: channel(**a), sets)
+        for name, options in channel_variants.items():
+            provider = f"ours, {name}"
+            report(
+                "channel", f"T={tokens}", provider, lambda o=options, **a: channel(**a, **o), sets
+            )
     for tokens in (2, 4, 8):
         sets = [sequence(tokens) for _ in range(8)]
         report("steps", f"T={tokens}", "ours", lambda **a: delta_rule.delta_rule(**a), sets)
@@ -364,9 +356,29 @@ def time_all(
             report("channel", f"T={tokens}", "fla", calls["channel"], sets)
 
 
+def profile() -> None:
+    """Microseconds of every kernel, mean of 20 calls."""
+    calls = {
+        "decode B=1": lambda a=decode_inputs(1): delta_decode.delta_decode(**a),
+        "decode B=256": lambda a=decode_inputs(256): delta_decode.delta_decode(**a),
+        "chunk T=8192": lambda a=sequence(8192): delta_rule.delta_rule(**a),
+        "channel T=8192": lambda a=sequence(8192, "channel"): delta_rule.delta_rule(**a),
+    }
+    for name, call in calls.items():
+        call()
+        with torch.profiler.profile() as trace:
+            for _ in range(20):
+                call()
+            torch.cuda.synchronize()
+        for event in trace.key_averages():
+            if event.device_time_total and "delta" in event.key:
+                mean = event.device_time_total / event.count
+                print(f"{name:16} {event.key:32} {mean:9.2f} us", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=("check", "time"))
+    parser.add_argument("action", choices=("check", "time", "profile"))
     parser.add_argument("--shard", default="0/1")
     parser.add_argument("--json")
     parser.add_argument("--variants", action="store_true")
@@ -375,6 +387,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.action == "check":
         check(*map(int, options.shard.split("/")))
+        return
+    if options.action == "profile":
+        profile()
         return
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():

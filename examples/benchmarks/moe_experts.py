@@ -36,7 +36,6 @@ from inductor_moe.tiles import (
     Plan,
     choose_plan,
     gpu_of,
-    plan_by_rule,
 )
 
 LAYERS = {
@@ -138,8 +137,7 @@ def block_rows(layer: Experts, tokens: int) -> list[int]:
 
 def starts(layer: Experts, tokens: int) -> Iterator[Plan]:
     if tokens * layer.top_k <= 128 and tokens * layer.top_k / layer.experts <= 2:
-        plan = plan_by_rule(replace(layer, experts=1 << 20), 1, gpu_of(0))
-        yield plan
+        yield Plan(0, DecodeTile(4, 1024, 2), DecodeTile(4, 512, 4, unroll=4))
     for block_m in block_rows(layer, tokens):
         tile = GemmTile(128, 64, 8, 4 if block_m < 128 else 8, 3)
         yield Plan(block_m, tile, tile)
@@ -274,8 +272,6 @@ def tune(names: list[str], sizes: list[int], out: Path, budget: float) -> None:
         known = {entry["name"]: entry for entry in json.loads(out.read_text())["layers"]}
     table: dict[str, Any] = {
         "gpu": gpu.name,
-        "date": datetime.date.today().isoformat(),
-        "command": "python " + " ".join(sys.argv),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "layers": [],
@@ -290,6 +286,8 @@ def tune(names: list[str], sizes: list[int], out: Path, budget: float) -> None:
         took = old["microseconds"] | {str(m): round(t, 1) for m, t in times.items()}
         known[name] = {
             "name": name,
+            "date": datetime.date.today().isoformat(),
+            "command": "python " + " ".join(sys.argv),
             "layer": dataclasses.asdict(LAYERS[name]),
             "plans": {m: merged[m] for m in sorted(merged, key=int)},
             "microseconds": {m: took[m] for m in sorted(took, key=int)},

@@ -299,7 +299,7 @@ def _sort(
             **sizes, BLOCK_M=block_m, BLOCK=16, CHUNK=256, num_warps=4, num_stages=1,
         )  # fmt: skip
         return routed
-    chunk = 256
+    chunk = 128
     chunks = _cdiv(pairs, chunk)
     counts = torch.empty((chunks * bins,), dtype=torch.int32, device=ids.device)
     base = torch.empty((chunks * bins,), dtype=torch.int32, device=ids.device)
@@ -315,7 +315,7 @@ def _sort(
     )
     wrap(moe_sort_place_kernel)[(chunks,)](
         ids, base, totals, order, pairs, experts, *ids.stride(),
-        **sizes, CHUNK=chunk, num_warps=8, num_stages=1,
+        **sizes, CHUNK=chunk, num_warps=4, num_stages=1,
     )  # fmt: skip
     return routed
 

@@ -13,7 +13,6 @@ from inductor_moe.backend import collected
 from inductor_moe.testing import relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-FAMILIES = [pytest.param(family, id=family.name) for family in zoo.MOE]
 
 
 @functools.cache
@@ -30,20 +29,23 @@ def kernels_of(compiled, *args, **kwargs):
     return {event.key for event in profile.key_averages()}
 
 
-@pytest.mark.parametrize(
-    "dtype, experts, dynamic, mode",
-    [
-        (torch.bfloat16, "grouped_mm", None, "default"),
-        (torch.bfloat16, "batched_mm", True, "default"),
-        (torch.bfloat16, "batched_mm", None, "reduce-overhead"),
-        (torch.float32, "batched_mm", None, "default"),
-    ],
-    ids=["grouped", "batched-dynamic", "batched-cudagraph", "fp32"],
-)
-@pytest.mark.parametrize("family", FAMILIES)
+KINDS = {
+    "grouped": (torch.bfloat16, "grouped_mm", None, "default"),
+    "batched-dynamic": (torch.bfloat16, "batched_mm", True, "default"),
+    "batched-cudagraph": (torch.bfloat16, "batched_mm", None, "reduce-overhead"),
+    "fp32": (torch.float32, "batched_mm", None, "default"),
+}
+EVERY_KIND = ("qwen3_5_moe_text", "gpt_oss", "deepseek_v3")
+CASES = [
+    pytest.param(family, *kind, id=f"{family.name}-{name}")
+    for family in zoo.MOE
+    for name, kind in KINDS.items()
+    if name == "grouped" or family.name in EVERY_KIND
+]
+
+
+@pytest.mark.parametrize("family, dtype, experts, dynamic, mode", CASES)
 def test_prefill_and_decode(family, dtype, experts, dynamic, mode):
-    if not family.switchable and experts == "batched_mm" and dtype is torch.bfloat16:
-        pytest.skip("transformers gives this family one implementation")
     model, exact = on_gpu(family, dtype, experts)
     compiled = torch.compile(
         model, backend="inductor_moe", fullgraph=True, dynamic=dynamic, mode=mode

@@ -1,0 +1,318 @@
+"""The chunked delta rule, decay per head or absent: a kernel over all chunks, then a serial one.
+
+With G the running log decay of a chunk and A = beta * (k k^T * exp(G_i - G_j)) below the diagonal:
+writes D = (I + A)^-1 beta (v - exp(G) k S), outputs scale * (exp(G) q S + (q k^T * decay) D), next
+state exp(G_C) S + (k exp(G_C - G))^T D. The first kernel makes (I + A)^-1 beta, the causal q k^T and
+the factor of every row; the second carries S.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from inductor_moe.kernels.delta_launch import (
+    CHUNK,
+    LEVELS,
+    Tile,
+    inner_contiguous,
+    limits,
+    padded,
+    strides,
+    traced,
+)
+
+
+@triton.jit
+def binary_decay(g):
+    """Log decay to base two. Below the floor exp2 is zero; -inf minus -inf stays out of the sums."""
+    return tl.maximum(g.to(tl.float32) * 1.4426950408889634, -160.0)
+
+
+@triton.jit
+def chunk_bounds(slot, cu_seqlens, sequences, tokens, C: tl.constexpr, VARLEN: tl.constexpr):
+    """First row, end of the sequence and its number for a chunk slot.
+
+    With VARLEN sequence n owns the slots from cu_seqlens[n] // C + n: ascending, never shared, and
+    at most tokens // C + sequences in all, so no count has to be read back.
+    """
+    sequence = tl.full([], 0, tl.int64)
+    first = slot.to(tl.int64) * C
+    end = sequence + tokens
+    if VARLEN:
+        found = 0
+        for block in range(0, sequences, 64):
+            n = block + tl.arange(0, 64)
+            starts = tl.load(cu_seqlens + n, mask=n < sequences, other=0)
+            found += tl.sum(((starts // C + n <= slot) & (n < sequences)).to(tl.int32))
+        sequence += found - 1
+        start = tl.load(cu_seqlens + sequence).to(tl.int64)
+        end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+        first = start + (slot - (start // C + sequence)) * C
+    return first, end, sequence
+
+
+@triton.jit
+def corners(level, C: tl.constexpr):
+    """[C, C]: row in a right, column in the left block beside it, pairs of blocks of 2**level."""
+    block = tl.arange(0, C) >> level
+    return (block[:, None] == block[None, :] + 1) & ((block[:, None] & 1) == 1)
+
+
+@triton.jit
+def unit_lower_inverse(
+    a, levels, C: tl.constexpr, SHORT_SOLVE: tl.constexpr, PRECISION: tl.constexpr
+):
+    """(I + a)^-1 of a strictly lower triangular [C, C], C = 2**levels.
+
+    Inverses of the diagonal blocks of 2**level rows give those of twice as many. levels comes at run
+    time: unrolled, every level's mask would live in registers. SHORT_SOLVE multiplies in fp16, whose
+    11 bits suffice where unit keys bound the entries.
+    """
+    DTYPE: tl.constexpr = tl.float16 if SHORT_SOLVE else tl.float32
+    row = tl.arange(0, C)
+    inverse = tl.where(corners(0, C), -a, 0.0)
+    inverse = tl.where(row[:, None] == row[None, :], 1.0, inverse)
+    for level in range(1, levels):
+        blocks = inverse.to(DTYPE)
+        lower = tl.where(corners(level, C), a, 0.0).to(DTYPE)
+        lower = tl.dot(lower, blocks, input_precision=PRECISION).to(DTYPE)
+        inverse -= tl.dot(blocks, lower, input_precision=PRECISION)
+    return inverse
+
+
+@triton.jit
+def delta_chunk_intra_kernel(
+    q, k,                   # [B, T, H, K]
+    g, beta,                # [B, T, HV]; g absent without HAS_GATE
+    solve, attn,            # [B, HV, T, C]: (I + A)^-1 beta; scale * causal q k^T with decay
+    rows,                   # [4, B, HV, T] fp32: factors of k's read, k's write, q's read; decay
+    cu_seqlens,             # [N + 1] with VARLEN
+    levels, sequences, tokens, value_heads, rows_kind, scale, eps,
+    q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, beta_b, beta_t, beta_h,
+    GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr,
+    HAS_GATE: tl.constexpr, NORMALIZE: tl.constexpr, VARLEN: tl.constexpr,
+    SHORT_SOLVE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    batch = tl.program_id(2).to(tl.int64)
+    first, end, _ = chunk_bounds(tl.program_id(1), cu_seqlens, sequences, tokens, C, VARLEN)
+    if first >= end:
+        return
+    row = tl.arange(0, C)
+    inside = row < end - first
+    q += batch * q_b + (head // GROUP) * q_h + first * q_t + row[:, None] * q_t
+    k += batch * k_b + (head // GROUP) * k_h + first * k_t + row[:, None] * k_t
+
+    kk = tl.zeros([C, C], tl.float32)
+    qk = tl.zeros([C, C], tl.float32)
+    key_norm = tl.zeros([C], tl.float32)
+    query_norm = tl.zeros([C], tl.float32)
+    for block in tl.static_range(0, K, BLOCK_K):
+        dk = block + tl.arange(0, BLOCK_K)
+        mask = inside[:, None] & (dk < K)[None, :]
+        key = tl.load(k + dk[None, :], mask=mask, other=0.0)
+        query = tl.load(q + dk[None, :], mask=mask, other=0.0)
+        if NORMALIZE:
+            wide = key.to(tl.float32)
+            key_norm += tl.sum(wide * wide, 1)
+            wide = query.to(tl.float32)
+            query_norm += tl.sum(wide * wide, 1)
+        turned = tl.trans(key)
+        kk = tl.dot(key, turned, kk, input_precision=PRECISION)
+        qk = tl.dot(query, turned, qk, input_precision=PRECISION)
+    key_scale = tl.full([C], 1.0, tl.float32)
+    query_scale = key_scale * scale
+    if NORMALIZE:
+        key_scale = tl.rsqrt(key_norm + eps)
+        query_scale = tl.rsqrt(query_norm + eps) * scale
+    beta += batch * beta_b + head * beta_h + first * beta_t
+    strength = tl.load(beta + row * beta_t, mask=inside, other=0.0).to(tl.float32)
+
+    causal = row[:, None] >= row[None, :]
+    kk = tl.where(row[:, None] > row[None, :], kk, 0.0) * key_scale[:, None] * key_scale[None, :]
+    qk = tl.where(causal, qk, 0.0) * query_scale[:, None] * key_scale[None, :]
+    from_start = tl.full([C], 1.0, tl.float32)
+    to_end = from_start
+    if HAS_GATE:
+        g += batch * g_b + head * g_h + first * g_t
+        decay = binary_decay(tl.load(g + row * g_t, mask=inside, other=0.0))
+        total = tl.cumsum(decay)
+        between = tl.exp2(tl.where(causal, total[:, None] - total[None, :], 0.0))
+        kk *= between
+        qk *= between
+        from_start = tl.exp2(total)
+        to_end = tl.exp2(tl.cumsum(decay, reverse=True) - decay)
+
+    start = (batch * value_heads + head) * tokens + first
+    attn += start * C
+    solve += start * C
+    tile = row[:, None] * C + row[None, :]
+    tl.store(attn + tile, qk.to(attn.dtype.element_ty), mask=inside[:, None])
+    inverse = unit_lower_inverse(kk * strength[:, None], levels, C, SHORT_SOLVE, PRECISION)
+    inverse *= strength[None, :]
+    tl.store(solve + tile, inverse.to(solve.dtype.element_ty), mask=inside[:, None])
+    rows += start + row
+    kind = tl.cast(rows_kind, tl.int64)
+    tl.store(rows, from_start * key_scale, mask=inside)
+    tl.store(rows + kind, to_end * key_scale, mask=inside)
+    tl.store(rows + 2 * kind, from_start * query_scale, mask=inside)
+    tl.store(rows + 3 * kind, from_start, mask=inside)
+
+
+@triton.jit
+def delta_chunk_scan_kernel(
+    q, k,                   # [B, T, H, K]
+    v, o,                   # [B, T, HV, V]
+    solve, attn,            # [B, HV, T, C]
+    rows,                   # [4, B, HV, T] fp32
+    state, final,           # [N, HV, K, V]; state absent without HAS_STATE
+    cu_seqlens,             # [N + 1] with VARLEN
+    tokens, value_heads, rows_kind,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, o_b, o_t, o_h,
+    state_b, state_h, state_k, final_b, final_h, final_k,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
+    HAS_STATE: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    sequence = tl.program_id(2).to(tl.int64)
+    dk = tl.arange(0, BLOCK_K)
+    dv = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    row = tl.arange(0, C)
+    in_k = dk < K
+    in_v = dv < V
+    batch = sequence
+    start = tl.full([], 0, tl.int64)
+    end = start + tokens
+    if VARLEN:
+        batch = start
+        start = tl.load(cu_seqlens + sequence).to(tl.int64)
+        end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+
+    current = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    in_state = in_k[:, None] & in_v[None, :]
+    if HAS_STATE:
+        at = sequence * state_b + head * state_h + dk[:, None] * state_k + dv[None, :]
+        current = tl.load(state + at, mask=in_state, other=0.0).to(tl.float32)
+    q += batch * q_b + (head // GROUP) * q_h + start * q_t
+    k += batch * k_b + (head // GROUP) * k_h + start * k_t
+    v += batch * v_b + head * v_h + start * v_t
+    o += batch * o_b + head * o_h + start * o_t
+    plane = (batch * value_heads + head) * tokens + start
+    solve += plane * C
+    attn += plane * C
+    rows += plane
+    kind = tl.cast(rows_kind, tl.int64)
+    query_cell = row[:, None] * q_t + dk[None, :]
+    key_cell = row[:, None] * k_t + dk[None, :]
+    value_cell = row[:, None] * v_t + dv[None, :]
+    out_cell = row[:, None] * o_t + dv[None, :]
+    tile = row[:, None] * C + row[None, :]
+    length = end - start
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    for first in range(0, length, C):
+        inside = row < length - first
+        in_key = inside[:, None] & in_k[None, :]
+        in_value = inside[:, None] & in_v[None, :]
+        key = tl.load(k + first * k_t + key_cell, mask=in_key, other=0.0)
+        query = tl.load(q + first * q_t + query_cell, mask=in_key, other=0.0)
+        value = tl.load(v + first * v_t + value_cell, mask=in_value, other=0.0)
+        inverse = tl.load(solve + first * C + tile, mask=inside[:, None], other=0.0)
+        scores = tl.load(attn + first * C + tile, mask=inside[:, None], other=0.0)
+        key_read = tl.load(rows + first + row, mask=inside, other=0.0)
+        key_write = tl.load(rows + kind + first + row, mask=inside, other=0.0)
+        query_read = tl.load(rows + 2 * kind + first + row, mask=inside, other=0.0)
+        whole = tl.load(rows + 3 * kind + tl.minimum(first + C, length) - 1)
+
+        narrow = current.to(DTYPE)
+        read = tl.dot(key, narrow, input_precision=PRECISION) * key_read[:, None]
+        rest = (value.to(tl.float32) - read).to(DTYPE)
+        delta = tl.dot(inverse, rest, input_precision=PRECISION)
+        out = tl.dot(query, narrow, input_precision=PRECISION) * query_read[:, None]
+        out = tl.dot(scores, delta.to(DTYPE), out, input_precision=PRECISION)
+        tl.store(o + first * o_t + out_cell, out.to(DTYPE), mask=in_value)
+        write = (delta * key_write[:, None]).to(DTYPE)
+        current = tl.dot(tl.trans(key), write, current * whole, input_precision=PRECISION)
+    at = sequence * final_b + head * final_h + dk[:, None] * final_k + dv[None, :]
+    tl.store(final + at, current.to(final.dtype.element_ty), mask=in_state)
+
+
+def intra_tile(key_width: int, dtype: torch.dtype, device: torch.device) -> Tile:
+    block_k = min(padded(key_width), 128 if dtype.itemsize == 2 else 32)
+    return Tile(block_k, 0, 4 if limits(device).capability >= 90 else 8)
+
+
+def scan_tile(
+    key_width: int, value_width: int, dtype: torch.dtype, device: torch.device, keys: int = 2
+) -> Tile:
+    """Three stages of one chunk's inputs where they fit; keys counts its [C, K] operands."""
+    capability, shared = limits(device)
+    block_k = padded(key_width)
+    block_v = min(padded(value_width), 32 if dtype.itemsize == 2 else 16)
+    chunk_bytes = CHUNK * (keys * block_k + 2 * CHUNK + block_v) * dtype.itemsize
+    # what the compiler stages of the state and the row blocks between products
+    fixed = (block_k + 3 * CHUNK) * block_v * dtype.itemsize + 2048
+    stages = max(1, min(3, (shared - fixed) // chunk_bytes))
+    return Tile(block_k, block_v, 4 if capability >= 90 else 8, stages)
+
+
+def short_solve(dtype: torch.dtype, l2norm_eps: float | None) -> bool:
+    return dtype.itemsize == 2 and l2norm_eps is not None
+
+
+def delta_rule_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    state: Tensor | None,
+    scale: float,
+    l2norm_eps: float | None,
+    cu_seqlens: Tensor | None = None,
+    intra: Tile | None = None,
+    scan: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`inductor_moe::delta_rule` for g [B, T, HV] or None, in two launches."""
+    q, k, v = inner_contiguous(q), inner_contiguous(k), inner_contiguous(v)
+    state = None if state is None else inner_contiguous(state)
+    batch, tokens, heads, key_width = q.shape
+    value_heads, value_width = v.shape[2:]
+    varlen = cu_seqlens is not None
+    sequences = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else batch
+    slots = tokens // CHUNK + sequences if varlen else (tokens + CHUNK - 1) // CHUNK
+    solve = q.new_empty((batch, value_heads, tokens, CHUNK))
+    attn = q.new_empty((batch, value_heads, tokens, CHUNK))
+    rows = torch.empty((4, batch, value_heads, tokens), dtype=torch.float32, device=q.device)
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    final = torch.empty(
+        (sequences, value_heads, key_width, value_width),
+        dtype=torch.float32 if state is None else state.dtype,
+        device=v.device,
+    )
+    precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
+    tile = intra or intra_tile(key_width, q.dtype, q.device)
+    traced(delta_chunk_intra_kernel)[(value_heads, slots, batch)](
+        q, k, g, beta, solve, attn, rows, cu_seqlens,
+        LEVELS, sequences, tokens, value_heads, rows.stride(0), scale, l2norm_eps or 0.0,
+        *strides(q, 3), *strides(k, 3), *strides(g, 3), *strides(beta, 3),
+        GROUP=value_heads // heads, K=key_width, BLOCK_K=tile.key, C=CHUNK,
+        HAS_GATE=g is not None, NORMALIZE=l2norm_eps is not None, VARLEN=varlen,
+        SHORT_SOLVE=short_solve(q.dtype, l2norm_eps), PRECISION=precision,
+        num_warps=tile.warps,
+    )  # fmt: skip
+    tile = scan or scan_tile(key_width, value_width, q.dtype, q.device)
+    traced(delta_chunk_scan_kernel)[(triton.cdiv(value_width, tile.value), value_heads, sequences)](
+        q, k, v, out, solve, attn, rows, state, final, cu_seqlens,
+        tokens, value_heads, rows.stride(0),
+        *strides(q, 3), *strides(k, 3), *strides(v, 3), *strides(out, 3),
+        *strides(state, 3), *strides(final, 3),
+        GROUP=value_heads // heads, K=key_width, V=value_width,
+        BLOCK_K=tile.key, BLOCK_V=tile.value, C=CHUNK,
+        HAS_STATE=state is not None, VARLEN=varlen, PRECISION=precision,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out, final

@@ -1,0 +1,305 @@
+"""The chunked delta rule with a decay per key channel (KDA).
+
+exp(G_i - G_j) does not factor into a row and a column part without overflow, except around a row
+between i and j. So the pairs of a chunk are taken by the size s of the aligned blocks that
+separate them: i in a right, j in a left block of size s. Then exp(sum of g from the border to i)
+and exp(sum from j to the border) are both at most one, and each s is one masked product.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from inductor_moe.kernels.delta_chunk import (
+    binary_decay,
+    chunk_bounds,
+    corners,
+    scan_tile,
+    short_solve,
+    unit_lower_inverse,
+)
+from inductor_moe.kernels.delta_launch import (
+    CHUNK,
+    LEVELS,
+    Tile,
+    inner_contiguous,
+    limits,
+    padded,
+    strides,
+    traced,
+)
+
+
+@triton.jit
+def inverse_norm(
+    x, inside, eps, K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """1 / sqrt(sum(x * x) + eps) of the rows that x [C, 1] points to."""
+    norm = tl.zeros([C], tl.float32)
+    for block in range(0, K, BLOCK_K):
+        dk = block + tl.arange(0, BLOCK_K)
+        mask = inside[:, None] & (dk < K)[None, :]
+        wide = tl.load(x + dk[None, :], mask=mask, other=0.0).to(tl.float32)
+        norm += tl.sum(wide * wide, 1)
+    return tl.rsqrt(norm + eps)
+
+
+@triton.jit
+def decay_over(span, decay, EXACT: tl.constexpr):
+    """exp2 of the sums of decay [C, K] over each row's span [C, C].
+
+    As a product: prefix sums would be subtracted, and cancel, for every pair of borders. fp16 moves
+    the result by less than 2**-13; EXACT adds what fp16 cut off.
+    """
+    span = span.to(tl.float16)
+    short = decay.to(tl.float16)
+    total = tl.dot(span, short)
+    if EXACT:
+        total = tl.dot(span, (decay - short.to(tl.float32)).to(tl.float16), total)
+    return tl.exp2(total)
+
+
+@triton.jit
+def add_pairs(
+    kk, qk, key, query, decay, level,
+    C: tl.constexpr, DTYPE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the products of the pairs that aligned blocks of 2**level rows separate."""
+    row = tl.arange(0, C)
+    border = (row >> (level + 1) << (level + 1)) + (1 << level) - 1
+    column = row[None, :]
+    span = column > tl.minimum(row, border)[:, None]
+    span &= column <= tl.maximum(row, border)[:, None]
+    near = decay_over(span, decay, EXACT)
+    near_key = (key.to(tl.float32) * near).to(DTYPE)
+    near_query = (query.to(tl.float32) * near).to(DTYPE)
+    turned = tl.trans(near_key)
+    pairs = corners(level, C)
+    kk += tl.where(pairs, tl.dot(near_key, turned, input_precision=PRECISION), 0.0)
+    qk += tl.where(pairs, tl.dot(near_query, turned, input_precision=PRECISION), 0.0)
+    return kk, qk
+
+
+@triton.jit
+def delta_channel_intra_kernel(
+    q, k,                   # [B, T, H, K]
+    g, beta,                # [B, T, HV, K], [B, T, HV]
+    solve, attn,            # [B, HV, T, C]: (I + A)^-1 beta; scale * causal q k^T with decay
+    q_read, k_read, k_write,  # [B, HV, T, K]: q, k times decay from the start, k times it to the end
+    whole,                  # [B, HV, slots, K] fp32: decay of the whole chunk
+    cu_seqlens,             # [N + 1] with VARLEN
+    levels, sequences, tokens, slots, value_heads, scale, eps,
+    q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, beta_b, beta_t, beta_h,
+    GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr,
+    NORMALIZE: tl.constexpr, VARLEN: tl.constexpr,
+    SHORT_SOLVE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    slot = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    first, end, _ = chunk_bounds(slot, cu_seqlens, sequences, tokens, C, VARLEN)
+    if first >= end:
+        return
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    row = tl.arange(0, C)
+    inside = row < end - first
+    q += batch * q_b + (head // GROUP) * q_h + first * q_t + row[:, None] * q_t
+    k += batch * k_b + (head // GROUP) * k_h + first * k_t + row[:, None] * k_t
+    g += batch * g_b + head * g_h + first * g_t + row[:, None] * g_t
+    key_scale = tl.full([C], 1.0, tl.float32)
+    query_scale = key_scale * scale
+    if NORMALIZE:
+        key_scale = inverse_norm(k, inside, eps, K, BLOCK_K, C)
+        query_scale *= inverse_norm(q, inside, eps, K, BLOCK_K, C)
+
+    plane = batch * value_heads + head
+    q_read += (plane * tokens + first) * K
+    k_read += (plane * tokens + first) * K
+    k_write += (plane * tokens + first) * K
+    attn += (plane * tokens + first) * C
+    solve += (plane * tokens + first) * C
+    whole += (plane * slots + slot) * K
+    kk = tl.zeros([C, C], tl.float32)
+    qk = tl.zeros([C, C], tl.float32)
+    diagonal = tl.zeros([C], tl.float32)
+    for block in range(0, K, BLOCK_K):
+        dk = block + tl.arange(0, BLOCK_K)
+        mask = inside[:, None] & (dk < K)[None, :]
+        key = tl.load(k + dk[None, :], mask=mask, other=0.0)
+        query = tl.load(q + dk[None, :], mask=mask, other=0.0)
+        decay = binary_decay(tl.load(g + dk[None, :], mask=mask, other=0.0))
+        diagonal += tl.sum(key.to(tl.float32) * query.to(tl.float32), 1)
+        for level in range(levels):
+            kk, qk = add_pairs(kk, qk, key, query, decay, level, C, DTYPE, EXACT, PRECISION)
+    kk *= key_scale[:, None] * key_scale[None, :]
+    qk = tl.where(row[:, None] == row[None, :], diagonal[:, None], qk)
+    qk *= query_scale[:, None] * key_scale[None, :]
+    beta += batch * beta_b + head * beta_h + first * beta_t
+    strength = tl.load(beta + row * beta_t, mask=inside, other=0.0).to(tl.float32)
+    tile = row[:, None] * C + row[None, :]
+    tl.store(attn + tile, qk.to(DTYPE), mask=inside[:, None])
+    inverse = unit_lower_inverse(kk * strength[:, None], levels, C, SHORT_SOLVE, PRECISION)
+    inverse *= strength[None, :]
+    tl.store(solve + tile, inverse.to(DTYPE), mask=inside[:, None])
+
+    # a second pass: the rows' own factors beside the pairs' products would not fit the registers
+    for block in range(0, K, BLOCK_K):
+        dk = block + tl.arange(0, BLOCK_K)
+        mask = inside[:, None] & (dk < K)[None, :]
+        cell = row[:, None] * K + dk[None, :]
+        decay = binary_decay(tl.load(g + dk[None, :], mask=mask, other=0.0))
+        key = tl.load(k + dk[None, :], mask=mask, other=0.0).to(tl.float32) * key_scale[:, None]
+        near = decay_over(row[:, None] < row[None, :], decay, EXACT)
+        tl.store(k_write + cell, (key * near).to(DTYPE), mask=mask)
+        near = decay_over(row[:, None] >= row[None, :], decay, EXACT)
+        tl.store(k_read + cell, (key * near).to(DTYPE), mask=mask)
+        query = tl.load(q + dk[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(q_read + cell, (query * query_scale[:, None] * near).to(DTYPE), mask=mask)
+        tl.store(whole + dk, tl.exp2(tl.sum(decay, 0)), mask=dk < K)
+
+
+@triton.jit
+def delta_channel_scan_kernel(
+    q_read, k_read, k_write,  # [B, HV, T, K]
+    v, o,                   # [B, T, HV, V]
+    solve, attn,            # [B, HV, T, C]
+    whole,                  # [B, HV, slots, K] fp32
+    state, final,           # [N, HV, K, V]; state absent without HAS_STATE
+    cu_seqlens,             # [N + 1] with VARLEN
+    tokens, slots, value_heads,
+    v_b, v_t, v_h, o_b, o_t, o_h,
+    state_b, state_h, state_k, final_b, final_h, final_k,
+    K: tl.constexpr, V: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
+    HAS_STATE: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    sequence = tl.program_id(2).to(tl.int64)
+    dk = tl.arange(0, BLOCK_K)
+    dv = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    row = tl.arange(0, C)
+    in_k = dk < K
+    in_v = dv < V
+    batch = sequence
+    start = tl.full([], 0, tl.int64)
+    end = start + tokens
+    slot = start
+    if VARLEN:
+        batch = start
+        start = tl.load(cu_seqlens + sequence).to(tl.int64)
+        end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+        slot = start // C + sequence
+
+    current = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    in_state = in_k[:, None] & in_v[None, :]
+    if HAS_STATE:
+        at = sequence * state_b + head * state_h + dk[:, None] * state_k + dv[None, :]
+        current = tl.load(state + at, mask=in_state, other=0.0).to(tl.float32)
+    v += batch * v_b + head * v_h + start * v_t
+    o += batch * o_b + head * o_h + start * o_t
+    plane = batch * value_heads + head
+    q_read += (plane * tokens + start) * K
+    k_read += (plane * tokens + start) * K
+    k_write += (plane * tokens + start) * K
+    solve += (plane * tokens + start) * C
+    attn += (plane * tokens + start) * C
+    whole += (plane * slots + slot) * K
+    key_cell = row[:, None] * K + dk[None, :]
+    value_cell = row[:, None] * v_t + dv[None, :]
+    out_cell = row[:, None] * o_t + dv[None, :]
+    tile = row[:, None] * C + row[None, :]
+    DTYPE: tl.constexpr = v.dtype.element_ty
+    length = end - start
+    for first in range(0, length, C):
+        inside = row < length - first
+        in_key = inside[:, None] & in_k[None, :]
+        in_value = inside[:, None] & in_v[None, :]
+        query = tl.load(q_read + first * K + key_cell, mask=in_key, other=0.0)
+        key = tl.load(k_read + first * K + key_cell, mask=in_key, other=0.0)
+        writer = tl.load(k_write + first * K + key_cell, mask=in_key, other=0.0)
+        value = tl.load(v + first * v_t + value_cell, mask=in_value, other=0.0)
+        inverse = tl.load(solve + first * C + tile, mask=inside[:, None], other=0.0)
+        scores = tl.load(attn + first * C + tile, mask=inside[:, None], other=0.0)
+        decay = tl.load(whole + first // C * K + dk, mask=in_k, other=0.0)
+
+        narrow = current.to(DTYPE)
+        read = tl.dot(key, narrow, input_precision=PRECISION)
+        delta = tl.dot(inverse, (value.to(tl.float32) - read).to(DTYPE), input_precision=PRECISION)
+        write = delta.to(DTYPE)
+        out = tl.dot(query, narrow, input_precision=PRECISION)
+        out = tl.dot(scores, write, out, input_precision=PRECISION)
+        tl.store(o + first * o_t + out_cell, out.to(DTYPE), mask=in_value)
+        current = tl.dot(
+            tl.trans(writer), write, current * decay[:, None], input_precision=PRECISION
+        )
+    at = sequence * final_b + head * final_h + dk[:, None] * final_k + dv[None, :]
+    tl.store(final + at, current.to(final.dtype.element_ty), mask=in_state)
+
+
+def channel_intra_tile(key_width: int, dtype: torch.dtype, device: torch.device) -> Tile:
+    block_k = 16 if dtype.itemsize > 2 else 64 if limits(device).capability >= 90 else 32
+    return Tile(min(padded(key_width), block_k), 0, 8)
+
+
+def delta_rule_chunk_channel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor | None,
+    scale: float,
+    l2norm_eps: float | None,
+    cu_seqlens: Tensor | None = None,
+    intra: Tile | None = None,
+    scan: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`inductor_moe::delta_rule` for g [B, T, HV, K], in two launches."""
+    q, k, v, g = inner_contiguous(q), inner_contiguous(k), inner_contiguous(v), inner_contiguous(g)
+    state = None if state is None else inner_contiguous(state)
+    batch, tokens, heads, key_width = q.shape
+    value_heads, value_width = v.shape[2:]
+    varlen = cu_seqlens is not None
+    sequences = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else batch
+    slots = tokens // CHUNK + sequences if varlen else (tokens + CHUNK - 1) // CHUNK
+    solve = q.new_empty((batch, value_heads, tokens, CHUNK))
+    attn = q.new_empty((batch, value_heads, tokens, CHUNK))
+    q_read = q.new_empty((batch, value_heads, tokens, key_width))
+    k_read = q.new_empty((batch, value_heads, tokens, key_width))
+    k_write = q.new_empty((batch, value_heads, tokens, key_width))
+    # flat: a dim that may be one would put a guard on the number of chunks
+    whole = torch.empty(
+        (batch * value_heads * slots * key_width,), dtype=torch.float32, device=q.device
+    )
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    final = torch.empty(
+        (sequences, value_heads, key_width, value_width),
+        dtype=torch.float32 if state is None else state.dtype,
+        device=v.device,
+    )
+    precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
+    tile = intra or channel_intra_tile(key_width, q.dtype, q.device)
+    traced(delta_channel_intra_kernel)[(value_heads, slots, batch)](
+        q, k, g, beta, solve, attn, q_read, k_read, k_write, whole, cu_seqlens,
+        LEVELS, sequences, tokens, slots, value_heads, scale, l2norm_eps or 0.0,
+        *strides(q, 3), *strides(k, 3), *strides(g, 3), *strides(beta, 3),
+        GROUP=value_heads // heads, K=key_width, BLOCK_K=tile.key, C=CHUNK,
+        NORMALIZE=l2norm_eps is not None, VARLEN=varlen,
+        SHORT_SOLVE=short_solve(q.dtype, l2norm_eps), EXACT=q.dtype == torch.float32,
+        PRECISION=precision,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    tile = scan or scan_tile(key_width, value_width, q.dtype, q.device, keys=3)
+    grid = (triton.cdiv(value_width, tile.value), value_heads, sequences)
+    traced(delta_channel_scan_kernel)[grid](
+        q_read, k_read, k_write, v, out, solve, attn, whole, state, final, cu_seqlens,
+        tokens, slots, value_heads,
+        *strides(v, 3), *strides(out, 3), *strides(state, 3), *strides(final, 3),
+        K=key_width, V=value_width, BLOCK_K=tile.key, BLOCK_V=tile.value, C=CHUNK,
+        HAS_STATE=state is not None, VARLEN=varlen, PRECISION=precision,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out, final

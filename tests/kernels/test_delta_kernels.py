@@ -1,0 +1,373 @@
+"""The delta-rule kernels under Triton's interpreter, against the recurrence in float64.
+
+The interpreter is chosen when a kernel is defined, so this file runs itself again in a process of its
+own; everywhere else kernels stay compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+inside = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
+
+if INTERPRETED:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    from inductor_moe.kernels import delta_chunk, delta_chunk_channel, delta_decode, delta_recurrent
+    from inductor_moe.kernels.delta_launch import Tile
+    from inductor_moe.kernels.delta_rule import delta_rule
+    from inductor_moe.reference import delta_rule as reference
+
+TOKENS = (1, 2, 7, 8, 9, 32, 63, 64, 65, 128, 200, pytest.param(1000, marks=pytest.mark.slow))
+GATES = ("head", "channel", "none")
+HEADS, VALUE_HEADS, KEY, VALUE = 1, 2, 40, 24
+
+
+@pytest.mark.skipif(INTERPRETED, reason="starts that process")
+def test_under_the_interpreter():
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+@pytest.fixture(autouse=True)
+def fresh_inputs():
+    seed = int(os.environ.get("TEST_SEED", int.from_bytes(os.urandom(4), "little")))
+    print(f"TEST_SEED={seed}")
+    torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_buffers(monkeypatch):
+    plain, method = torch.empty, torch.Tensor.new_empty
+
+    def poison(x):
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(plain(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(method(*a, **k)))
+
+
+@pytest.fixture(autouse=True)
+def rounding_bf16(monkeypatch):
+    """The interpreter multiplies bf16 bit patterns as integers and truncates on the way down."""
+    if not INTERPRETED:
+        return
+    builder = interpreter.InterpreterBuilder
+    dot, cast = builder.create_dot, builder.cast_impl
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        bits = x.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def rounded(self, x, dtype):
+        if x.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
+            return cast(self, x, dtype)
+        values = torch.from_numpy(np.ascontiguousarray(x.data)).bfloat16()
+        return interpreter.TensorHandle(values.view(torch.uint16).numpy(), tl.bfloat16)
+
+    monkeypatch.setattr(
+        builder, "create_dot", lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
+    )
+    monkeypatch.setattr(builder, "cast_impl", rounded)
+
+
+def inputs(tokens, gate="head", batch=1, dtype=torch.float32, key=KEY, value=VALUE, decay=2.0):
+    channels = (key,) if gate == "channel" else ()
+    g = -decay * torch.rand(batch, tokens, VALUE_HEADS, *channels)
+    return {
+        "q": torch.randn(batch, tokens, HEADS, key).to(dtype),
+        "k": torch.randn(batch, tokens, HEADS, key).to(dtype),
+        "v": torch.randn(batch, tokens, VALUE_HEADS, value).to(dtype),
+        "g": None if gate == "none" else g,
+        "beta": torch.rand(batch, tokens, VALUE_HEADS),
+        "state": torch.randn(batch, VALUE_HEADS, key, value),
+        "scale": key**-0.5,
+        "l2norm_eps": 1e-6,
+    }
+
+
+def widened(arguments):
+    return {
+        name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for name, x in arguments.items()
+    }
+
+
+def error(got, want):
+    assert torch.isfinite(got).all()
+    return float((got.double() - want).norm() / want.norm().clamp_min(1e-30))
+
+
+def chunked(gate):
+    channel = gate == "channel"
+    return (
+        delta_chunk_channel.delta_rule_chunk_channel if channel else delta_chunk.delta_rule_chunk
+    )
+
+
+def low_precision(arguments):
+    """The rule by chunks in plain torch with the operands of every product in the inputs' dtype."""
+    dtype = arguments["q"].dtype
+    matmul = torch.Tensor.__matmul__
+
+    def rounded(x, y):
+        return matmul(x.to(dtype).float(), y.to(dtype).float())
+
+    torch.Tensor.__matmul__ = rounded
+    try:
+        return reference.delta_rule_chunk(**arguments)
+    finally:
+        torch.Tensor.__matmul__ = matmul
+
+
+@inside
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_dispatch_is_as_exact_as_the_recurrence(tokens, gate):
+    arguments = inputs(tokens, gate, batch=2)
+    want = reference.delta_rule_recurrent(**widened(arguments))
+    plain = reference.delta_rule_chunk(**arguments)
+    for got, exact, other in zip(delta_rule(**arguments), want, plain, strict=True):
+        assert error(got, exact) <= 2 * error(other, exact) + 1e-6
+
+
+@inside
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("eps", (1e-6, None))
+def test_chunks_in_low_precision(dtype, gate, eps):
+    arguments = inputs(130, gate, dtype=getattr(torch, dtype), key=64, value=32)
+    arguments["l2norm_eps"] = eps
+    if eps is None:
+        for name in ("q", "k"):
+            arguments[name] = F.normalize(arguments[name], dim=-1)
+    want = reference.delta_rule_recurrent(**widened(arguments))
+    for got, exact, other in zip(
+        chunked(gate)(**arguments), want, low_precision(arguments), strict=True
+    ):
+        assert error(got, exact) <= 2 * error(other, exact)
+
+
+@inside
+@pytest.mark.parametrize("width", (16, 24, 96, 128, 256))
+@pytest.mark.parametrize("gate", GATES)
+def test_head_dims(width, gate):
+    arguments = inputs(70, gate, key=width, value=width)
+    want = reference.delta_rule_recurrent(**widened(arguments))
+    for function in (chunked(gate), delta_recurrent.delta_rule_recurrent):
+        for got, exact in zip(function(**arguments), want, strict=True):
+            assert error(got, exact) < 2e-6
+
+
+@inside
+@pytest.mark.parametrize("gate", GATES)
+def test_chunks_equal_steps_and_parts_equal_the_whole(gate):
+    arguments = inputs(150, gate)
+    out, final = chunked(gate)(**arguments)
+    steps, last = delta_recurrent.delta_rule_recurrent(**arguments)
+    torch.testing.assert_close(out, steps, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(final, last, rtol=1e-4, atol=1e-5)
+    cut = int(torch.randint(1, 150, ()))
+    parts = []
+    for part in (slice(0, cut), slice(cut, 150)):
+        piece = arguments | {
+            name: None if arguments[name] is None else arguments[name][:, part]
+            for name in ("q", "k", "v", "g", "beta")
+        }
+        one, arguments["state"] = delta_rule(**piece)
+        parts.append(one)
+    torch.testing.assert_close(torch.cat(parts, 1), out, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(arguments["state"], final, rtol=1e-4, atol=1e-5)
+
+
+@inside
+@pytest.mark.parametrize("tokens", (3, 70))
+def test_batch_of_one_equals_a_row(tokens):
+    arguments = inputs(tokens, batch=3)
+    out, final = delta_rule(**arguments)
+    row = {name: x[1:2] if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    one, last = delta_rule(**row)
+    assert torch.equal(one[0], out[1])
+    assert torch.equal(last[0], final[1])
+
+
+@inside
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("path", ("chunk", "steps"))
+def test_packed_sequences(gate, path):
+    ends = [0, 5, 5, 70, 134, 150]
+    arguments = inputs(ends[-1], gate)
+    arguments["state"] = torch.randn(len(ends) - 1, VALUE_HEADS, KEY, VALUE)
+    function = chunked(gate) if path == "chunk" else delta_recurrent.delta_rule_recurrent
+    out, final = function(**arguments, cu_seqlens=torch.tensor(ends, dtype=torch.int32))
+    wide = widened(arguments)
+    for n, (start, end) in enumerate(pairwise(ends)):
+        if start == end:
+            assert torch.equal(final[n], arguments["state"][n])
+            continue
+        piece = wide | {
+            name: None if wide[name] is None else wide[name][:, start:end]
+            for name in ("q", "k", "v", "g", "beta")
+        }
+        piece["state"] = wide["state"][n : n + 1]
+        want, last = reference.delta_rule_recurrent(**piece)
+        assert error(out[:, start:end], want) < 2e-6
+        assert error(final[n : n + 1], last) < 2e-6
+
+
+@inside
+@pytest.mark.parametrize("tokens", (5, 80))
+@pytest.mark.parametrize("gate", ("head", "channel"))
+@pytest.mark.parametrize("decay", (0.0, 300.0, float("inf")))
+@pytest.mark.parametrize("strength", (0.0, 1.0, 2.0))
+def test_extremes_are_finite_and_right(tokens, gate, decay, strength):
+    arguments = inputs(tokens, gate)
+    g = arguments["g"]
+    arguments["g"] = torch.where(torch.rand_like(g) < 0.5, torch.full_like(g, -decay), g)
+    arguments["k"][:, ::3] = 0
+    arguments["beta"] = torch.full_like(arguments["beta"], strength)
+    want_out, want_final = reference.delta_rule_recurrent(**widened(arguments))
+    out, final = delta_rule(**arguments)
+    assert error(out, want_out) < 1e-3
+    assert error(final, want_final) < 1e-3
+
+
+@inside
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("tokens", (3, 70))
+def test_padded_and_transposed_strides(gate, tokens):
+    arguments = inputs(tokens, gate, batch=2)
+    strided = dict(arguments)
+    for name, x in arguments.items():
+        if isinstance(x, torch.Tensor):
+            strided[name] = F.pad(x, (0, 4), value=float("nan"))[..., :-4]
+    strided["v"] = arguments["v"].transpose(1, 2).contiguous().transpose(1, 2)
+    for got, want in zip(delta_rule(**strided), delta_rule(**arguments), strict=True):
+        assert torch.equal(got, want)
+
+
+@inside
+def test_state_absent_or_bf16():
+    arguments = inputs(70)
+    out, _ = delta_rule(**arguments | {"state": None})
+    zeros, _ = delta_rule(**arguments | {"state": torch.zeros_like(arguments["state"])})
+    assert torch.equal(out, zeros)
+    short = arguments["state"].bfloat16()
+    before = short.clone()
+    _, final = delta_rule(**arguments | {"state": short})
+    assert final.dtype == torch.bfloat16
+    assert torch.equal(short, before)
+
+
+def decode_inputs(batch=2, rows=None, per_channel=False, length=4, width=4, key=32, value=32):
+    rows = rows or batch
+    channels = 2 * HEADS * key + VALUE_HEADS * value
+    gates = (VALUE_HEADS, key) if per_channel else (VALUE_HEADS,)
+    return {
+        "qkv": torch.randn(batch, channels),
+        "conv_state": torch.randn(rows, channels, length),
+        "conv_weight": torch.randn(channels, width),
+        "conv_bias": torch.randn(channels),
+        "a": -torch.rand(batch, *gates),
+        "b": torch.rand(batch, VALUE_HEADS),
+        "A_log": torch.rand(VALUE_HEADS),
+        "dt_bias": torch.randn(gates),
+        "recurrent_state": torch.randn(rows, VALUE_HEADS, key, value),
+        "z": torch.randn(batch, VALUE_HEADS, value),
+        "norm_weight": torch.randn(value),
+        "slots": None,
+        "scale": key**-0.5,
+    }
+
+
+OPTIONS = {
+    "l2norm_eps": 1e-6,
+    "norm_eps": 1e-6,
+    "norm_activation": "silu",
+    "gate": "softplus",
+    "gate_lower_bound": -5.0,
+    "beta_scale": 2.0,
+}
+
+
+def check_decode(given, tile=None, **changed):
+    options = OPTIONS | changed
+    wide = {
+        name: x.clone() if isinstance(x, torch.Tensor) else x
+        for name, x in widened(given).items()
+    }
+    want = reference.delta_decode(**wide, **options)
+    out = delta_decode.delta_decode(**given, **options, tile=tile)
+    assert error(out, want) < 2e-6
+    assert torch.equal(given["conv_state"].double(), wide["conv_state"])
+    assert error(given["recurrent_state"], wide["recurrent_state"]) < 2e-6
+
+
+@inside
+@pytest.mark.parametrize("columns", (16, 32, 64))
+@pytest.mark.parametrize("gate", ("softplus", "sigmoid", "given"))
+@pytest.mark.parametrize("per_channel", (False, True))
+def test_decode_by_blocks_heads_and_groups(columns, gate, per_channel):
+    scale = 1.0 if gate == "given" else 2.0
+    given = decode_inputs(per_channel=per_channel)
+    check_decode(given, Tile(32, columns, 4), gate=gate, beta_scale=scale)
+
+
+@inside
+@pytest.mark.parametrize(("length", "width"), ((3, 4), (4, 4), (6, 3), (2, 2)))
+def test_decode_convolution_widths(length, width):
+    check_decode(decode_inputs(length=length, width=width))
+    given = decode_inputs(length=length, width=width) | {"conv_bias": None}
+    check_decode(given, Tile(32, 64, 4))
+
+
+@inside
+@pytest.mark.parametrize("columns", (16, 64))
+@pytest.mark.parametrize("norm", ("sigmoid", "plain", "none"))
+def test_decode_norms(norm, columns):
+    given = decode_inputs()
+    if norm != "sigmoid":
+        given["z"] = None
+    if norm == "none":
+        given["norm_weight"] = None
+    check_decode(given, Tile(32, columns, 4), norm_activation="sigmoid")
+
+
+@inside
+@pytest.mark.parametrize(("key", "value"), ((40, 24), (128, 128), (24, 256)))
+def test_decode_head_dims(key, value):
+    check_decode(decode_inputs(key=key, value=value))
+
+
+@inside
+@pytest.mark.parametrize("columns", (16, 32, 64))
+def test_decode_slots(columns):
+    given = decode_inputs(batch=3, rows=5) | {"slots": torch.tensor([4, -1, 0])}
+    untouched = given["recurrent_state"][1:4].clone()
+    check_decode(given, Tile(32, columns, 4))
+    assert torch.equal(given["recurrent_state"][1:4], untouched)
+
+
+@inside
+def test_decode_padded_strides_over_32_steps():
+    given = decode_inputs()
+    for name in ("recurrent_state", "conv_state", "z", "qkv", "conv_weight"):
+        given[name] = F.pad(given[name], (0, 4))[..., :-4]
+    for _ in range(32):
+        for name in ("qkv", "z"):
+            given[name].normal_()
+        check_decode(given)
