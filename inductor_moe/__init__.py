@@ -1,6 +1,6 @@
 """Fused Mixture-of-Experts and delta-rule layers for unmodified PyTorch models.
 
-    torch.compile(model, backend="inductor_moe")
+torch.compile(model, backend="inductor_moe")
 """
 
 from __future__ import annotations

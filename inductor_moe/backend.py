@@ -105,7 +105,9 @@ class Backend:
 def check_strict(report: Report) -> None:
     """Raise StrictError unless every site of the report was fused and there was one."""
     if report.refused:
-        reasons = "; ".join(f"{site.module or site.rewrite}: {site.reason}" for site in report.refused)
+        reasons = "; ".join(
+            f"{site.module or site.rewrite}: {site.reason}" for site in report.refused
+        )
         raise StrictError(f"inductor_moe.strict: {len(report.refused)} sites refused: {reasons}")
     if not report.sites:
         raise StrictError(
@@ -132,7 +134,10 @@ def _needs_gradients(example_inputs: Sequence[Any]) -> bool:
 
 
 def _graph_key(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], fusion: FusionPass, patches: Mapping[str, Any]
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    fusion: FusionPass,
+    patches: Mapping[str, Any],
 ) -> str:
     """What the report of a compile is stored under, the same in every process."""
     digest = hashlib.sha256(repr(fusion.uuid()).encode())

@@ -97,7 +97,7 @@ def demo(
 
     with _clear_errors():
         setup = job.choose(device, layers, str(experts), mode)
-        console.print(escape(setup.describe()))
+        console.print(escape(setup.describe()), soft_wrap=True)
         result = job.run(setup, _stage)
     console.print()
     console.print(escape(str(result.report)), soft_wrap=True)

@@ -27,18 +27,20 @@ def compile_fx(
     inner_compile: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Inductor's own compile of a Dynamo graph, with config patches."""
-    from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
+    from torch._inductor import compile_fx as module
 
-    extra = {} if inner_compile is None else {"inner_compile": inner_compile}
+    options: dict[str, Any] = {"config_patches": dict(config_patches)}
+    if inner_compile is not None:
+        options["inner_compile"] = inner_compile
     with keep_bmm():
-        return inductor_compile_fx(
-            gm, example_inputs, config_patches=dict(config_patches), **extra
-        )
+        compiled: Any = module.compile_fx(gm, example_inputs, **options)
+    return compiled  # type: ignore[no-any-return]
 
 
 def inductor_config(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
     """Inductor's validated config patches for a mode and options, as torch.compile makes them."""
-    return dict(torch._TorchCompileInductorWrapper(mode, dict(options), None).config)
+    wrapper: Any = torch._TorchCompileInductorWrapper
+    return dict(wrapper(mode, dict(options), None).config)
 
 
 def current_config(name: str) -> Any:
@@ -91,7 +93,7 @@ def _wrap_bmm_decomposition() -> None:
             return original(*args, **kwargs)
 
     decomposition.decompositions[torch.ops.aten.bmm.default] = bmm
-    merged = getattr(decomposition, "fast_random_decomps", None)
+    merged: Any = getattr(decomposition, "fast_random_decomps", None)
     if hasattr(merged, "cache_clear"):
         merged.cache_clear()
 
@@ -143,9 +145,9 @@ def real_tensors() -> Iterator[None]:
 
 def boxed(function: Callable[..., Any]) -> Callable[..., Any]:
     """Mark a compiled callable as taking one list of inputs."""
-    from functorch.compile import make_boxed_func
+    from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
 
-    return make_boxed_func(function)
+    return make_boxed_func(function)  # type: ignore[no-any-return]
 
 
 def statically_true(condition: Any) -> bool:
@@ -240,7 +242,8 @@ def lower_to_eager_call(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """Lower to a call of the op's eager kernel."""
     from torch._inductor.lowering import fallback_handler
 
-    return fallback_handler(op, add_to_fallback_set=False)(*args, **kwargs)
+    handler: Any = fallback_handler
+    return handler(op, add_to_fallback_set=False)(*args, **kwargs)
 
 
 def tracing_backend_is_ours() -> bool:
@@ -298,7 +301,6 @@ def lower_by_tracing(
 
     with V.fake_mode:
         traced = make_fx(call, decomposition_table=select_decomp_table())(*inputs)
-    traced.graph.eliminate_dead_code()
     return process_subgraph_nodes(traced, boxes)
 
 

@@ -1,4 +1,4 @@
-"""The options of the backend: keys that begin with ``inductor_moe.`` in ``torch.compile(options=...)``."""
+"""The backend's options: ``inductor_moe.*`` keys in ``torch.compile(options=...)``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every error and warning class of the package. Each text says what, got versus limit, what to do."""
+"""Every error and warning class. Each text says what, got versus limit, what to do."""
 
 
 class InductorMoeError(Exception):

@@ -26,8 +26,6 @@ def explain(
     call. `dynamic` and `options` are those of torch.compile.
     """
     torch._dynamo.utils.counters["graph_break"].clear()
-    _, report = capture(
-        model, *args, dynamic=dynamic, fullgraph=False, options=options, **kwargs
-    )
+    _, report = capture(model, *args, dynamic=dynamic, fullgraph=False, options=options, **kwargs)
     breaks = tuple(str(reason) for reason in torch._dynamo.utils.counters["graph_break"])
     return dataclasses.replace(report, breaks=breaks)

@@ -66,9 +66,11 @@ def rewrite(graph: fx.Graph, options: Options) -> list[Site]:
     for form in ALL:
         if not options.enabled(form.name):
             continue
-        for anchor in list(form.anchors(graph)):
-            if anchor not in taken:
-                found.append((anchor, _rewrite_site(graph, form, anchor, taken, options)))
+        found.extend(
+            (anchor, _rewrite_site(graph, form, anchor, taken, options))
+            for anchor in list(form.anchors(graph))
+            if anchor not in taken
+        )
     graph.eliminate_dead_code()
     # One form's refusal says nothing where another form fused the same site.
     return [site for anchor, site in found if site.matched or anchor not in taken]

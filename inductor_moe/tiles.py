@@ -168,29 +168,35 @@ def plan_by_rule(layer: Experts, tokens: int, gpu: Gpu) -> Plan:
     per_expert = pairs / layer.experts
     k_inner = layer.up_inner == layer.down_inner == "k"
     if pairs <= 128 and per_expert <= 1 and k_inner:
-        up = DecodeTile(4, 2048, 4) if layer.hidden % 2048 == 0 else DecodeTile(4, 1024, 2)
-        return Plan(0, up, DecodeTile(4 if tokens == 1 else 8, 512, 4, unroll=4))
-    if layer.itemsize == 4:
-        block_m = 16 if per_expert <= 16 else 32
-        up = down = GemmTile(64, 32, 4, 4, 3)
-    elif per_expert <= 12:
-        block_m = 16
-        up, down = GemmTile(64, 128, 8, 4, 4), GemmTile(128, 128, 8, 4, 3)
-        if not k_inner:
-            up, down = GemmTile(256, 64, 8, 8, 3), GemmTile(128, 64, 8, 4, 4)
-    elif per_expert <= 24:
-        block_m, up = 32, GemmTile(128, 128, 8, 4, 3)
-    elif per_expert <= 48:
-        block_m, up = 64, GemmTile(128, 128, 1, 4, 2, tail=True)
-    elif per_expert <= 96:
-        block_m, up = 128, GemmTile(128, 64, 4, 8, 3, tail=True)
-    else:
-        block_m, up = 128, GemmTile(256, 64, 8, 8, 4, tail=True)
-    if per_expert > 12 and layer.itemsize == 2:
-        down = up
+        whole_rows = layer.hidden % 2048 == 0 and layer.itemsize == 2
+        rows = DecodeTile(4, 2048, 4) if whole_rows else DecodeTile(4, 1024, layer.itemsize)
+        return Plan(0, rows, DecodeTile(4 if tokens == 1 else 8, 512, 4, unroll=4))
+    block_m, up, down = _grouped_tiles(per_expert, layer.itemsize, k_inner)
     return Plan(
         block_m, _fit(up, block_m, layer.itemsize, gpu), _fit(down, block_m, layer.itemsize, gpu)
     )
+
+
+def _grouped_tiles(
+    per_expert: float, itemsize: int, k_inner: bool
+) -> tuple[int, GemmTile, GemmTile]:
+    """Rows of a block, and the tiles of the up and down GEMMs."""
+    if itemsize == 4:
+        tile = GemmTile(64, 32, 4, 4, 3)
+        return (16 if per_expert <= 16 else 32), tile, tile
+    if per_expert <= 12:
+        if k_inner:
+            return 16, GemmTile(64, 128, 8, 4, 4), GemmTile(128, 128, 8, 4, 3)
+        return 16, GemmTile(256, 64, 8, 8, 3), GemmTile(128, 64, 8, 4, 4)
+    if per_expert <= 24:
+        block_m, tile = 32, GemmTile(128, 128, 8, 4, 3)
+    elif per_expert <= 48:
+        block_m, tile = 64, GemmTile(128, 128, 1, 4, 2, tail=True)
+    elif per_expert <= 96:
+        block_m, tile = 128, GemmTile(128, 64, 4, 8, 3, tail=True)
+    else:
+        block_m, tile = 128, GemmTile(256, 64, 8, 8, 4, tail=True)
+    return block_m, tile, tile
 
 
 def _fit(tile: GemmTile, block_m: int, itemsize: int, gpu: Gpu) -> GemmTile:

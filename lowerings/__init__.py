@@ -1,7 +1,9 @@
 """Lowerings of our ops into Inductor IR."""
 
 if __name__ == "lowerings":
-    raise ImportError("import inductor_moe.lowerings, not lowerings: the folder is part of the package")
+    raise ImportError(
+        "import inductor_moe.lowerings, not lowerings: the folder is part of the package"
+    )
 
 import functools
 

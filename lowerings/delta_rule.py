@@ -22,7 +22,8 @@ def delta_rule_lowering(q: Any, *args: Any) -> Any:
         return reference.delta_rule(q, *args)
     from inductor_moe.kernels.delta_rule import delta_rule
 
-    return delta_rule(q, *args, tokens_hint=compat.size_hint(q.shape[1]))
+    hint: dict[str, Any] = {"tokens_hint": compat.size_hint(q.shape[1])}
+    return delta_rule(q, *args, **hint)
 
 
 def delta_decode_lowering(qkv: Any, *args: Any) -> Any:

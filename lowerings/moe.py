@@ -20,7 +20,9 @@ def register() -> None:
     )
 
 
-def _lowering(triton: Callable[..., Any], aten: Callable[..., Any], ids: int) -> Callable[..., Any]:
+def _lowering(
+    triton: Callable[..., Any], aten: Callable[..., Any], ids: int
+) -> Callable[..., Any]:
     """The Triton implementation where the device runs our kernels, else the aten one.
 
     ids  the position of the expert numbers [T, K] among the op's arguments

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch.library import CustomOpDef
-
 from inductor_moe import compat
 
 
 def lower(
-    op: CustomOpDef,
+    op: Any,
     implementation: Callable[..., Any],
     traceable: Callable[..., bool] = lambda *_: True,
 ) -> None:

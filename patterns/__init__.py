@@ -1,7 +1,9 @@
 """The rewrites, in the order in which they are tried."""
 
 if __name__ == "patterns":
-    raise ImportError("import inductor_moe.patterns, not patterns: the folder is part of the package")
+    raise ImportError(
+        "import inductor_moe.patterns, not patterns: the folder is part of the package"
+    )
 
 from inductor_moe.patterns.delta_rule import decode, heads
 from inductor_moe.patterns.moe import dense, experts

@@ -59,7 +59,7 @@ def _is_row_reduction(node: fx.Node) -> bool:
         return False
     dims = len(node.args[0].meta["val"].shape)
     keepdim = len(node.args) > 2 and node.args[2] is True
-    return list(node.args[1]) in ([-1], [dims - 1]) and keepdim  # type: ignore[arg-type]
+    return list(node.args[1]) in ([-1], [dims - 1]) and keepdim
 
 
 def evaluate(node: fx.Node, values: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
@@ -86,7 +86,7 @@ def evaluate(node: fx.Node, values: dict[fx.Node, torch.Tensor]) -> torch.Tensor
             args[1] = [-1]
         kwargs = {key: value(argument) for key, argument in current.kwargs.items()}
         kwargs.pop("dtype", None)
-        return current.target(*args, **kwargs)  # type: ignore[operator]
+        return current.target(*args, **kwargs)
 
     with real_tensors():
         result = value(node)

@@ -1,4 +1,4 @@
-"""Expert blocks written by hand, in every form that is matched, with one place to change each step.
+"""Expert blocks written by hand, in every form that is matched, each step replaceable.
 
 A near-miss is a form with one of its steps replaced.
 """
@@ -94,7 +94,9 @@ class Experts(nn.Module):
             return nn.Parameter(torch.randn(shape, generator=generator) / into**0.5)
 
         self.up, self.down = weight(width, HIDDEN), weight(HIDDEN, INNER)
-        self.up_bias = nn.Parameter(torch.randn(EXPERTS, width, generator=generator)) if bias else None
+        self.up_bias = (
+            nn.Parameter(torch.randn(EXPERTS, width, generator=generator)) if bias else None
+        )
         self.down_bias = (
             nn.Parameter(torch.randn(EXPERTS, HIDDEN, generator=generator)) if bias else None
         )
@@ -103,7 +105,11 @@ class Experts(nn.Module):
         return self.steps.get(name, default)
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
-        return self.grouped(x, ids, weights) if self.form == "grouped" else self.batched(x, ids, weights)
+        return (
+            self.grouped(x, ids, weights)
+            if self.form == "grouped"
+            else self.batched(x, ids, weights)
+        )
 
     def between(self, up: Tensor) -> Tensor:
         if self.gate == "none":
@@ -146,7 +152,9 @@ class Experts(nn.Module):
 
     def grouped(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
         tokens, top_k = ids.shape
-        sorted_ids, order = torch.sort(ids.reshape(-1), descending=self.steps.get("descending", False))
+        sorted_ids, order = torch.sort(
+            ids.reshape(-1), descending=self.steps.get("descending", False)
+        )
         rows = x[self.step("token", lambda o, k: o // k)(order, top_k)]
         column = weights.reshape(-1)[order][:, None]
         counts = torch.histc(
@@ -155,7 +163,9 @@ class Experts(nn.Module):
         ends = torch.cumsum(counts, dim=0, dtype=torch.int32)
         if self.weights_on_input:
             rows = (rows * column).to(x.dtype)
-        up = self.mask(torch._grouped_mm(rows, self.grouped_weight(self.up), offs=ends), sorted_ids)
+        up = self.mask(
+            torch._grouped_mm(rows, self.grouped_weight(self.up), offs=ends), sorted_ids
+        )
         if self.up_bias is not None:
             up = up + self.up_bias[self.step("bias_ids", lambda v: v)(sorted_ids)]
         h = self.between(up)

@@ -90,7 +90,7 @@ def main() -> int:
             output = compiled(inputs[0])
             error = relative_error(output[:, : sample.shape[1]], reference)
             row[f"{name}_error"] = error
-            if error > 2 * eager_error:
+            if not error <= 2 * eager_error:
                 failed = True
                 print(f"{name} at {tokens} tokens: error {error:.2e}, eager {eager_error:.2e}")
                 continue
@@ -114,7 +114,9 @@ def main() -> int:
 
 
 def commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
     return found.stdout.strip()
 
 

@@ -1,12 +1,13 @@
 """Time and tune `moe_experts` on one GPU.
 
     python examples/benchmarks/moe_experts.py time --layers qwen3_5
-    python examples/benchmarks/moe_experts.py compile --layers qwen3_5   # optional: on all cores
+    python examples/benchmarks/moe_experts.py compile --layers qwen3_5
     python examples/benchmarks/moe_experts.py tune --layers qwen3_5 --out table.json
 
-`tune` writes the table that `inductor_moe.tiles` reads, lowerings/configs/<gpu>.json. Times are the
-experts alone, every helper kernel counted, in one CUDA graph with several routings rotated
-through it; the median of its replays.
+`compile` fills Triton's cache with `tune`'s candidates, on all cores. `tune` writes the table that
+`inductor_moe.tiles` reads, lowerings/configs/<gpu>.json. Times are the experts alone, every helper
+kernel counted, in one CUDA graph with several routings rotated through it; the median of its
+replays.
 """
 
 from __future__ import annotations
@@ -107,7 +108,9 @@ def microseconds(inputs: Inputs, plan: Plan, replays: int) -> float:
 
 
 def decode_tiles(down: bool, inner: str, k_dim: int) -> Iterator[DecodeTile]:
-    blocks = ((2, 4, 8, 16), (256, 512, 1024, 2048)) if inner == "k" else ((16, 32, 64), (64, 128, 256))
+    blocks = (
+        ((2, 4, 8, 16), (256, 512, 1024, 2048)) if inner == "k" else ((16, 32, 64), (64, 128, 256))
+    )
     for block_n, block_k, warps in itertools.product(*blocks, (2, 4, 8)):
         per_thread = block_n * block_k / (32 * warps)
         if (block_k < 2 * k_dim or block_k == 256) and 16 <= per_thread <= 64:
@@ -186,7 +189,9 @@ def precompile_jobs(layers: list[Experts]) -> list[tuple[Experts, int, Plan]]:
         for start in starts(layer, tokens):
             for side in ("up", "down"):
                 for plan in candidates(layer, start, side):
-                    jobs.setdefault((layer, side, plan.block_m, getattr(plan, side)), (layer, tokens, plan))
+                    jobs.setdefault(
+                        (layer, side, plan.block_m, getattr(plan, side)), (layer, tokens, plan)
+                    )
     return list(jobs.values())
 
 
@@ -250,7 +255,9 @@ def tune_layer(
         assert best[1] is not None
         plans[tokens], times[tokens] = best[1], microseconds(inputs, best[1], 30)
         print("   ", breakdown(inputs, best[1]))
-        print(f"  M={tokens}: {times[tokens]:.1f} us, floor {floor(layer, tokens):.1f}", flush=True)
+        print(
+            f"  M={tokens}: {times[tokens]:.1f} us, floor {floor(layer, tokens):.1f}", flush=True
+        )
     return plans, times
 
 
@@ -260,7 +267,9 @@ def compile_all(names: list[str]) -> None:
     jobs = precompile_jobs([LAYERS[name] for name in names])
     with multiprocessing.get_context("spawn").Pool(min(15, multiprocessing.cpu_count())) as pool:
         failures = [f for f in pool.imap_unordered(precompile, jobs, chunksize=2) if f]
-    print(f"{len(jobs)} candidates compiled in {time.time() - started:.0f} s; failed: {failures[:3]}")
+    print(
+        f"{len(jobs)} candidates compiled in {time.time() - started:.0f} s; failed: {failures[:3]}"
+    )
 
 
 def tune(names: list[str], sizes: list[int], out: Path, budget: float) -> None:

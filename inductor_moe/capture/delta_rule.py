@@ -111,7 +111,7 @@ _installed: dict[types.FunctionType, str] = {}
 _enabled = True
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _applies() -> bool:
     """Whether the graph being traced is for our backend. Evaluated by Dynamo, never in a graph."""
     return _enabled and compat.tracing_backend_is_ours()

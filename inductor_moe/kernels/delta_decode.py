@@ -1,9 +1,9 @@
 """One decoded token of a delta-rule layer, from the convolution's input to the gated norm.
 
 A program owns a block of the value channels ("columns") that read one key head, and convolves the
-head's queries and keys itself. They are shared between programs, so the shifted convolution state may
-be stored only where one program owns all columns of the key head: then one launch does everything.
-Otherwise a second launch shifts the state, and normalises where a block is not a whole head.
+head's queries and keys itself. They are shared between programs, so the shifted convolution state
+may be stored only where one program owns all columns of the key head: then one launch does
+everything. Otherwise a second one shifts the state, and normalises where no block is a whole head.
 """
 
 from __future__ import annotations
@@ -42,18 +42,26 @@ def load_window(
 
 @triton.jit
 def shift_window(
-    x, conv_state, channel, inside, state_c, state_l, L: tl.constexpr, BLOCK_L: tl.constexpr
+    x, conv_state, channel, inside, state_c, state_l,
+    L: tl.constexpr, BLOCK_L: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Drop the oldest input of channel [BLOCK] and append x, in place."""
-    tap = tl.arange(0, BLOCK_L)
-    at = conv_state + channel[:, None] * state_c + tap[None, :] * state_l
-    mask = inside[:, None] & (tap < L)[None, :]
-    moved = tl.load(at + state_l, mask=mask & (tap < L - 1)[None, :], other=0.0)
-    new = tl.load(x + channel, mask=inside, other=0.0)
-    shifted = tl.where((tap == L - 1)[None, :], new[:, None].to(moved.dtype), moved)
-    # another thread of this program may still have to load what this one stores
-    tl.debug_barrier()
-    tl.store(at, shifted, mask=mask)
+    new = tl.load(x + channel, mask=inside, other=0.0).to(conv_state.dtype.element_ty)
+    if PACKED:
+        # four 16-bit inputs, contiguous, are one word
+        words = conv_state.to(tl.pointer_type(tl.int64)) + channel
+        word = tl.load(words, mask=inside, other=0)
+        new_bits = new.to(tl.int16, bitcast=True).to(tl.int64) << 48
+        tl.store(words, ((word >> 16) & 0xFFFFFFFFFFFF) | new_bits, mask=inside)
+    else:
+        tap = tl.arange(0, BLOCK_L)
+        at = conv_state + channel[:, None] * state_c + tap[None, :] * state_l
+        mask = inside[:, None] & (tap < L)[None, :]
+        moved = tl.load(at + state_l, mask=mask & (tap < L - 1)[None, :], other=0.0)
+        shifted = tl.where((tap == L - 1)[None, :], new[:, None], moved)
+        # another thread of this program may still have to load what this one stores
+        tl.debug_barrier()
+        tl.store(at, shifted, mask=mask)
 
 
 @triton.jit
@@ -85,7 +93,7 @@ def delta_decode_kernel(
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     L: tl.constexpr, W: tl.constexpr, BLOCK_L: tl.constexpr,
-    SHIFT: tl.constexpr, HAS_BIAS: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    SHIFT: tl.constexpr, PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PER_CHANNEL: tl.constexpr,
     SOFTPLUS: tl.constexpr, GIVEN: tl.constexpr, HAS_DT_BIAS: tl.constexpr,
     NORMALIZE: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, SILU: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -190,9 +198,9 @@ def delta_decode_kernel(
         result *= tl.reshape(square, (BLOCK_V,)) * amplify
     tl.store(out, result.to(out.dtype.element_ty), mask=inside)
     if SHIFT:
-        shift_window(qkv, conv_state, query_channel, in_k, conv_c, conv_l, L, BLOCK_L)
-        shift_window(qkv, conv_state, key_channel, in_k, conv_c, conv_l, L, BLOCK_L)
-        shift_window(qkv, conv_state, value_channel, inside, conv_c, conv_l, L, BLOCK_L)
+        shift_window(qkv, conv_state, query_channel, in_k, conv_c, conv_l, L, BLOCK_L, PACKED)
+        shift_window(qkv, conv_state, key_channel, in_k, conv_c, conv_l, L, BLOCK_L, PACKED)
+        shift_window(qkv, conv_state, value_channel, inside, conv_c, conv_l, L, BLOCK_L, PACKED)
 
 
 @triton.jit
@@ -204,7 +212,7 @@ def delta_decode_tail_kernel(
     channels, norm_eps,
     qkv_b, conv_b, conv_c, conv_l, x_b, x_h, z_b, z_h, out_b, out_h,
     V: tl.constexpr, BLOCK_V: tl.constexpr, L: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_C: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, SILU: tl.constexpr,
+    BLOCK_C: tl.constexpr, PACKED: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, SILU: tl.constexpr,
     SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Norm of one value head, and the shift of BLOCK_C channels."""
@@ -229,15 +237,16 @@ def delta_decode_tail_kernel(
     channel = head * BLOCK_C + tl.arange(0, BLOCK_C)
     shift_window(
         qkv + batch * qkv_b, conv_state + slot * conv_b, channel, channel < channels,
-        conv_c, conv_l, L, BLOCK_L,
+        conv_c, conv_l, L, BLOCK_L, PACKED,
     )  # fmt: skip
 
 
 def decode_tile(key_width: int, columns: int, batch: int | None) -> Tile:
-    """Columns of a key head a program owns; all of them, and one launch, only for small batches."""
+    """Few rows: small tiles, for latency. Many: eight loads a thread in flight, for bandwidth."""
     block_k = padded(key_width)
-    block_v = min(padded(columns), max(16, 4096 // block_k))
-    return Tile(block_k, block_v, 4 if block_k * block_v >= 4096 else 2)
+    elements = 8192 if batch is None or batch > 8 else 4096 if batch > 2 else 2048
+    block_v = min(padded(columns), max(16, elements // block_k))
+    return Tile(block_k, block_v, 2 if block_k * block_v <= 2048 else 4)
 
 
 def delta_decode(
@@ -284,6 +293,13 @@ def delta_decode(
     tile = tile or decode_tile(key_width, columns, batch_hint)
     taps, length = conv_weight.shape[1], conv_state.shape[2]
     block_l = triton.next_power_of_2(length)
+    packed = (
+        length == 4
+        and conv_state.dtype.itemsize == 2
+        and tuple(conv_state.stride()[1:]) == (4, 1)
+        and conv_state.stride(0) % 4 == 0
+        and conv_state.storage_offset() % 4 == 0
+    )
     alone = tile.value >= columns
     norm = norm_weight is not None
     whole_heads = tile.value % value_width == 0 and padded(value_width) == value_width
@@ -303,7 +319,7 @@ def delta_decode(
         *strides(recurrent_state, 3), *strides(z, 2), *strides(result, 2),
         GROUP=value_heads // heads, K=key_width, V=value_width,
         BLOCK_K=tile.key, BLOCK_V=tile.value, L=length, W=taps, BLOCK_L=block_l,
-        SHIFT=shift_inside, HAS_BIAS=conv_bias is not None, PER_CHANNEL=a.dim() == 3,
+        SHIFT=shift_inside, PACKED=packed, HAS_BIAS=conv_bias is not None, PER_CHANNEL=a.dim() == 3,
         SOFTPLUS=gate == "softplus", GIVEN=gate == "given", HAS_DT_BIAS=dt_bias is not None,
         NORMALIZE=l2norm_eps is not None, NORM=norm_inside, GATED=z is not None, SILU=silu,
         SLOTS=slots is not None, num_warps=tile.warps,
@@ -315,7 +331,7 @@ def delta_decode(
             *strides(qkv, 1), *strides(conv_state, 3), *strides(result, 2), *strides(z, 2),
             *strides(out, 2),
             V=value_width, BLOCK_V=padded(value_width), L=length, BLOCK_L=block_l,
-            BLOCK_C=block_c, NORM=norm and not norm_inside, GATED=z is not None, SILU=silu,
+            BLOCK_C=block_c, PACKED=packed, NORM=norm and not norm_inside, GATED=z is not None, SILU=silu,
             SLOTS=slots is not None, num_warps=4,
         )  # fmt: skip
     return out

@@ -53,10 +53,7 @@ def grouped_gemm_tile(
     # Rows past the block's end repeat its last row: no mask in the loop, and not stored.
     row = first_row + tl.minimum(m, rows - 1)
     pair = tl.load(order + row)
-    if A_SORTED:
-        a_row = row
-    else:
-        a_row = pair // a_repeat
+    a_row = row if A_SORTED else pair // a_repeat
     n, exists = up_rows(n_block, inner, GATE, W_INNER, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     a_ptrs = a + a_row.to(tl.int64)[:, None] * stride_a + k[None, :]
@@ -95,10 +92,7 @@ def grouped_gemm_tile(
     )
     if HAS_WEIGHTS:
         value *= scale.to(tl.float32)[:, None]
-    if OUT_SORTED:
-        out_row = row
-    else:
-        out_row = pair
+    out_row = row if OUT_SORTED else pair
     OUT: tl.constexpr = BLOCK_N if GATE == "none" else BLOCK_N // 2
     i = n_block * OUT + tl.arange(0, OUT)
     out_ptrs = out + out_row.to(tl.int64)[:, None] * inner + i[None, :]

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 
-# Loads stay in the kernels: torch's mutation analysis cannot see that a device function only reads.
+# Loads stay in the kernels: torch's mutation analysis takes a device function's pointers for
+# written ones.
 @triton.jit
 def id_pointers(ids, pair, stride_it, stride_ik, TOP_K: tl.constexpr):
     return ids + (pair // TOP_K).to(tl.int64) * stride_it + (pair % TOP_K) * stride_ik

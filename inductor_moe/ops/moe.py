@@ -49,7 +49,7 @@ def moe_experts(
     w_up       [E, N, H]  x.dtype, any strides; N is I, or 2 * I when gated
     w_down     [E, H, I]  x.dtype, any strides
     ids        [T, K]     int32 or int64; ids outside [0, E) are skipped
-    weights    [T, K]     any float; scales the output, or x (rounded to x.dtype) if weights_on_input
+    weights    [T, K]     any float; scales the output, or x (rounded) if weights_on_input
     bias_up    [E, N]     any float
     bias_down  [E, H]     any float
     activation            silu, gelu, gelu_tanh, relu, relu2; alpha: slope in silu's sigmoid
@@ -60,7 +60,18 @@ def moe_experts(
     Source: Shazeer et al., arXiv:1701.06538; limit, alpha, up_offset: gpt-oss's clamped swiglu.
     """
     check_experts(
-        x, w_up, w_down, ids, weights, bias_up, bias_down, activation, gate, alpha, up_offset, limit
+        x,
+        w_up,
+        w_down,
+        ids,
+        weights,
+        bias_up,
+        bias_down,
+        activation,
+        gate,
+        alpha,
+        up_offset,
+        limit,
     )
     return moe_experts_reference(
         x, w_up, w_down, ids, weights, bias_up, bias_down, activation, gate,
@@ -86,7 +97,18 @@ def _(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     check_experts(
-        x, w_up, w_down, ids, weights, bias_up, bias_down, activation, gate, alpha, up_offset, limit
+        x,
+        w_up,
+        w_down,
+        ids,
+        weights,
+        bias_up,
+        bias_down,
+        activation,
+        gate,
+        alpha,
+        up_offset,
+        limit,
     )
     return torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device)
 
@@ -109,7 +131,18 @@ def _(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     check_experts(
-        x, w_up, w_down, ids, weights, bias_up, bias_down, activation, gate, alpha, up_offset, limit
+        x,
+        w_up,
+        w_down,
+        ids,
+        weights,
+        bias_up,
+        bias_down,
+        activation,
+        gate,
+        alpha,
+        up_offset,
+        limit,
     )
     cuda = _triton_launches(x.device)
     run = cuda.moe_experts_cuda if cuda else moe_experts_reference

@@ -35,7 +35,9 @@ def check_experts(
     if alpha != 1.0 and activation != "silu":
         raise ValueError(f"{op}: alpha only applies to silu (got {alpha} with {activation!r}).")
     if up_offset != 0.0 and gate == "none":
-        raise ValueError(f"{op}: up_offset needs a gated up projection (got {up_offset}, gate 'none').")
+        raise ValueError(
+            f"{op}: up_offset needs a gated up projection (got {up_offset} with 'none')."
+        )
     if limit is not None and not limit > 0:
         raise ValueError(f"{op}: limit must be positive or None (got {limit}).")
     _check_activations(op, "x", x)
@@ -57,8 +59,8 @@ def check_experts(
         )
     if w_down.shape[0] != experts or w_down.shape[1] != hidden:
         raise ValueError(
-            f"{op}: w_down has shape {_shape(w_down)}; it must be [E, H, I] with E = {experts} and "
-            f"H = {hidden}, as in w_up {_shape(w_up)}."
+            f"{op}: w_down has shape {_shape(w_down)}; it must be [E, H, I] with E = {experts} "
+            f"and H = {hidden}, as in w_up {_shape(w_up)}."
         )
     _check_bias(op, "bias_up", bias_up, w_up)
     _check_bias(op, "bias_down", bias_down, w_down)
@@ -92,7 +94,8 @@ def check_down(
     _check_routing(op, "ids", ids, None, h.device)
     if h.shape[0] != ids.shape[0] * ids.shape[1]:
         raise ValueError(
-            f"{op}: h has shape {_shape(h)}; it must have one row for each pair of ids {_shape(ids)}."
+            f"{op}: h has shape {_shape(h)}; it must have a row for each pair of ids "
+            f"{_shape(ids)}."
         )
     if w_down.shape[2] != h.shape[1]:
         raise ValueError(

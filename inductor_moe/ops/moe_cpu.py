@@ -31,7 +31,7 @@ def moe_experts_cpu(
     weights_on_input: bool = False,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`moe_experts`, traceable with make_fx under fake tensors and by Dynamo; T may be symbolic."""
+    """`moe_experts`, traceable by make_fx under fake tensors and by Dynamo; T may be symbolic."""
     on_input, on_output = (weights, None) if weights_on_input else (None, weights)
     by_sorting = _by_sorting(x, ids, w_up, w_down)
     routing = _route(ids, w_up.shape[0], by_sorting)
@@ -136,9 +136,7 @@ def _project(rows: Tensor, weight: Tensor, bias: Tensor | None, routing: _Routin
         if bias is not None:
             out = out + bias[routing.expert]
         return out.to(rows.dtype)
-    grouped = torch._grouped_mm(
-        rows[routing.order], weight.transpose(1, 2), offs=routing.ends
-    )
+    grouped = torch._grouped_mm(rows[routing.order], weight.transpose(1, 2), offs=routing.ends)
     out = grouped[routing.place]
     if bias is not None:
         out = (out.float() + bias[routing.expert]).to(rows.dtype)
@@ -151,4 +149,4 @@ def _combine(y: Tensor, weights: Tensor | None, ids: Tensor, routing: _Routing) 
     if weights is not None:
         value = value * weights.reshape(-1, 1)
     value = torch.where(routing.valid[:, None], value, 0.0)
-    return value.view(ids.shape[0], ids.shape[1], -1).sum(1)
+    return value.view(ids.shape[0], ids.shape[1], y.shape[1]).sum(1)

@@ -92,7 +92,9 @@ def moe_experts_cuda(
         return _down_decode(h, w_down, bias_down, ids, on_output, out_dtype, plan.down, wrap)
     routed = _sort(ids, w_up.shape[0], plan.block_m, tokens_hint, wrap)
     routed.gemm(rows, repeat, w_up, bias_up, None, h, epilogue, plan.up, out_sorted=True)
-    return routed.down_combine(h, w_down, bias_down, on_output, out_dtype, plan.down, sorted_h=True)
+    return routed.down_combine(
+        h, w_down, bias_down, on_output, out_dtype, plan.down, sorted_h=True
+    )
 
 
 def moe_up_cuda(
@@ -149,9 +151,7 @@ def moe_down_combine_cuda(
     return routed.down_combine(h, w_down, bias_down, weights, out_dtype, plan.down, sorted_h=False)
 
 
-def _plan(
-    ids: Tensor, tokens_hint: int | None, w_up: Tensor, w_down: Tensor, gated: bool
-) -> Plan:
+def _plan(ids: Tensor, tokens_hint: int | None, w_up: Tensor, w_down: Tensor, gated: bool) -> Plan:
     layer = Experts(
         top_k=int(ids.shape[1]),
         experts=int(w_up.shape[0]),
@@ -253,8 +253,8 @@ def _down_decode(
         w_down.shape[0], hidden, w_down.shape[2],
         h.stride(0), *w_down.stride(), stride_be, stride_bh, *ids.stride(), stride_st, stride_sk,
         TOP_K=top_k, SPLIT=split,
-        HAS_WEIGHTS=weights is not None, HAS_BIAS=bias_down is not None, W_INNER=_inner_dim(w_down),
-        BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, UNROLL=tile.unroll,
+        HAS_WEIGHTS=weights is not None, HAS_BIAS=bias_down is not None,
+        W_INNER=_inner_dim(w_down), BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, UNROLL=tile.unroll,
         num_warps=tile.warps, num_stages=1,
     )  # fmt: skip
     return y if split == 1 else _combine(y, ids, split, False, w_down.shape[0], out_dtype, wrap)
@@ -280,14 +280,12 @@ def _combine(
     return y
 
 
-def _sort(
-    ids: Tensor, experts: int, block_m: int, tokens_hint: int | None, wrap: Wrap
-) -> _Routed:
+def _sort(ids: Tensor, experts: int, block_m: int, tokens_hint: int | None, wrap: Wrap) -> _Routed:
     """Order pairs by expert and cut the order into blocks; see `kernels.moe_sort`."""
     tokens, top_k = ids.shape
     pairs = tokens * top_k
     hint = _tokens(ids, tokens_hint) * top_k
-    capacity = _cdiv(pairs, block_m) + torch.sym_min(experts, pairs)
+    capacity = _cdiv(pairs, block_m) + torch.sym_min(experts, pairs)  # type: ignore[no-untyped-call]
     order = torch.empty((pairs,), dtype=torch.int32, device=ids.device)
     blocks = torch.empty((3 * capacity,), dtype=torch.int32, device=ids.device)
     bins = max(32, _power_of_two(experts))

@@ -37,7 +37,7 @@ def gated_activation(
 
     up       [..., N]    the up projection's rows
     returns  [..., I]    in up.dtype; I is N, or N // 2 when gated
-    Source: Shazeer, GLU Variants, arXiv:2002.05202; limit, alpha, up_offset: gpt-oss's clamped swiglu.
+    Source: Shazeer, GLU Variants, arXiv:2002.05202; limit, alpha, up_offset: gpt-oss.
     """
     value = up if up.dtype == torch.float64 else up.float()
     if gate == "none":
@@ -102,7 +102,7 @@ def moe_down_combine_reference(
         if weights is not None:
             value = value * weights.reshape(-1)[pairs, None]
         rows[pairs] = value.to(wide)
-    return rows.view(tokens, top_k, -1).sum(1).to(out_dtype or h.dtype)
+    return rows.view(tokens, top_k, rows.shape[1]).sum(1).to(out_dtype or h.dtype)
 
 
 def moe_experts_reference(
@@ -133,5 +133,5 @@ def _pairs_by_expert(flat: Tensor, experts: int) -> list[tuple[int, Tensor]]:
     known = torch.where((flat >= 0) & (flat < experts), flat, experts).long()
     order = torch.argsort(known, stable=True)
     counts = torch.bincount(known, minlength=experts + 1).tolist()
-    groups = order.split(counts)
+    groups = torch.split(order, counts)
     return [(e, pairs) for e, pairs in enumerate(groups[:experts]) if counts[e]]

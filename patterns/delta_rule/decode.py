@@ -89,15 +89,20 @@ class DecodeSite:
         parts = ["convolution and state updated in place"]
         parts.append("gates" if self.gates.form != "given" else "gates left to Inductor")
         parts.append("gated norm" if self.norm else "norm left to Inductor")
-        return f"T=1 B={batch} HV={heads} K={key} V={value} {dtype(self.rule.args[2])}; " + ", ".join(
-            parts
+        return (
+            f"T=1 B={batch} HV={heads} K={key} V={value} {dtype(self.rule.args[2])}; "
+            + ", ".join(parts)
         )
 
 
 def anchors(graph: fx.Graph) -> Iterator[fx.Node]:
     """Calls of the rule on one token with a state."""
     for node in graph.nodes:
-        if is_call(node, DELTA_RULE) and node.args[5] is not None and same(sizes(node.args[0])[1], 1):
+        if (
+            is_call(node, DELTA_RULE)
+            and node.args[5] is not None
+            and same(sizes(node.args[0])[1], 1)
+        ):
             yield node
 
 
@@ -134,7 +139,11 @@ def _written_back(value: fx.Node, state: Any) -> fx.Node:
     if not isinstance(state, fx.Node) or state.op != "placeholder":
         raise Refusal(f"the state {state} is no input of the graph")
     users = list(value.users)
-    if len(users) == 1 and is_call(users[0], aten.copy_.default) and users[0].args == (state, value):
+    if (
+        len(users) == 1
+        and is_call(users[0], aten.copy_.default)
+        and users[0].args == (state, value)
+    ):
         return users[0]
     raise Refusal(f"the new state is not written back to {state.name} alone")
 
@@ -232,8 +241,10 @@ def _shifted_back(joined: fx.Node, state: fx.Node, length: int, conv: fx.Node) -
     if len(shifted) != 1 or not is_call(shifted[0], aten.slice.Tensor):
         raise Refusal(f"{joined.name} is used by more than the convolution and the new state")
     _, dim, start = (*shifted[0].args, 0, 0)[:3]
-    if not last_dim(joined, dim) or start not in (-length, 1) or not same(
-        sizes(shifted[0])[-1], length
+    if (
+        not last_dim(joined, dim)
+        or start not in (-length, 1)
+        or not same(sizes(shifted[0])[-1], length)
     ):
         raise Refusal(f"{shifted[0].name} does not keep the newest {length} inputs")
     value, inner = shifted[0], {joined}
@@ -278,7 +289,7 @@ def _log_decay(a: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor) -> t
 
 
 def _read_norm(out: fx.Node, value_sizes: tuple[Any, ...]) -> Norm | None:
-    batch, _, heads, width = value_sizes
+    width = value_sizes[-1]
     rows = out
     while len(rows.users) == 1:
         user = next(iter(rows.users))

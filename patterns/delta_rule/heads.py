@@ -1,4 +1,4 @@
-"""Delta-rule calls whose key heads were repeated for their value heads: the op shares heads itself.
+"""Delta-rule calls whose key heads were repeated for their value heads: the op shares heads.
 
 The call comes from capture (a known function) and needs no proof; a repeat of q and k before it
 would be a copy in memory that the kernels do not need.
@@ -32,7 +32,7 @@ DELTA_RULE = delta_rule._opoverload
 
 @dataclasses.dataclass(frozen=True)
 class DeltaRuleSite:
-    """A call of the op; `q` and `k` [B, T, H, K] with each head once, `repeats` times in the call."""
+    """A call of the op; `q` and `k` [B, T, H, K] hold each head once, the call `repeats` times."""
 
     call: fx.Node
     q: fx.Node
@@ -60,7 +60,7 @@ def walk(node: fx.Node) -> DeltaRuleSite:
     q, k = node.args[0], node.args[1]
     found_q, found_k = repeated_heads(q), repeated_heads(k)
     if found_q is None or found_k is None or found_q[1] != found_k[1]:
-        return DeltaRuleSite(node, q, k, 1)  # type: ignore[arg-type]
+        return DeltaRuleSite(node, q, k, 1)
     return DeltaRuleSite(node, found_q[0], found_k[0], found_q[1])
 
 

@@ -289,7 +289,7 @@ class _Reading:
             literal = number(argument)
             if literal is not None:
                 self.literals.add(abs(float(literal)))
-        result = node.target(*args, **kwargs)  # type: ignore[operator]
+        result = node.target(*args, **kwargs)
         if not isinstance(result, torch.Tensor):
             raise _NotPointwise
         return result
@@ -302,10 +302,12 @@ def probes() -> tuple[torch.Tensor, torch.Tensor]:
     The steps are irrational multiples, so that a breakpoint of the function never falls on all
     neighbouring points, and dense between 0.01 and 100, where activations differ.
     """
-    magnitude = torch.cat([
-        torch.logspace(-6, 4, 23, dtype=torch.float64),
-        torch.logspace(-2, 2, 60, dtype=torch.float64) * 1.0123456789,
-    ])
+    magnitude = torch.cat(
+        [
+            torch.logspace(-6, 4, 23, dtype=torch.float64),
+            torch.logspace(-2, 2, 60, dtype=torch.float64) * 1.0123456789,
+        ]
+    )
     line = torch.cat([-magnitude, torch.zeros(1, dtype=torch.float64), magnitude])
     gate, up = torch.meshgrid(line, line * 0.98765432109, indexing="ij")
     return gate.reshape(-1), up.reshape(-1)
@@ -350,9 +352,7 @@ def _compute(candidate: Activation, gate: torch.Tensor, up: torch.Tensor) -> tor
     return activated if candidate.gate == "none" else activated * (up + candidate.up_offset)
 
 
-def _equal(
-    left: torch.Tensor, right: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
-) -> bool:
-    """Equal up to fp64 rounding; the absolute term covers cancellation in the tails, 1 + erf(x)."""
+def _equal(left: torch.Tensor, right: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> bool:
+    """Equal up to fp64 rounding; the absolute term covers cancellation in tails, as 1 + erf(x)."""
     slack = 1e-9 * right.abs() + 1e-14 * (1 + gate.abs()) * (1 + up.abs())
     return bool(((left - right).abs() <= slack).all())

@@ -82,8 +82,8 @@ def walk(down: fx.Node) -> DenseSite:
         ids=ids,
         weights=logits,
         top_k=top_k,
-        ups=(Projection(up, up.args[1], True, None, up),),  # type: ignore[arg-type]
-        down=Projection(down, down.args[1], True, None, down),  # type: ignore[arg-type]
+        ups=(Projection(up, up.args[1], True, None, up),),
+        down=Projection(down, down.args[1], True, None, down),
         activation=activation,
         h=h,
         output=output,
@@ -94,7 +94,7 @@ def walk(down: fx.Node) -> DenseSite:
 
 def _find_up(down: fx.Node) -> fx.Node | None:
     """The batched matmul over the same experts and tokens that `down` depends on."""
-    stack, seen = [down.args[0]], set()
+    stack, seen = [down.args[0]], set[fx.Node]()
     while stack:
         node = stack.pop()
         if not isinstance(node, fx.Node) or node in seen or len(seen) > 256:
@@ -146,7 +146,7 @@ def _read_scores(factor: fx.Node, experts: Any, tokens: Any) -> tuple[fx.Node, f
         raise Refusal(f"{base} has shape {sizes(base)}, not [tokens, experts]")
     if not is_getitem(ids, 1, aten.topk.default):
         raise Refusal(f"{ids} are not the distinct choices of a top-k")
-    return scores, logits, ids  # type: ignore[return-value]
+    return scores, logits, ids
 
 
 def replace(graph: fx.Graph, site: DenseSite) -> fx.Node:

@@ -143,12 +143,13 @@ class _Grouped:
         return Projection(gemm, weight, True, bias, rows)
 
     def is_up(self, node: Any) -> bool:
-        return (
-            is_call(node, *_grouped_targets()) and node is not self.down and self.shares(node)
-        )
+        return is_call(node, *_grouped_targets()) and node is not self.down and self.shares(node)
 
     def shares(self, node: fx.Node) -> bool:
-        return self.offsets in (node.args[2] if len(node.args) > 2 else None, node.kwargs.get("offs"))
+        return self.offsets in (
+            node.args[2] if len(node.args) > 2 else None,
+            node.kwargs.get("offs"),
+        )
 
     def rows_in(self, gemm: fx.Node) -> Any:
         return gemm.args[0]
@@ -331,9 +332,7 @@ def _non_negative(ids: Any) -> bool:
     node = flat_source(ids)
     if is_getitem(node, 1, aten.topk.default, *_SORTS) or is_call(node, aten.argmax.default):
         return True
-    if is_call(node, aten.clamp_min.default):
-        return isinstance(node.args[1], int) and node.args[1] >= 0
-    if is_call(node, aten.clamp.default):
+    if is_call(node, aten.clamp_min.default, aten.clamp.default) and len(node.args) > 1:
         return isinstance(node.args[1], int) and node.args[1] >= 0
     if is_call(node, aten.clamp_max.default):
         return isinstance(node.args[1], int) and node.args[1] >= 0 and _non_negative(node.args[0])
@@ -375,9 +374,7 @@ def _read(block: _Grouped | _Batched) -> ExpertsSite:
 
     combine = Combine(down.value, block.column, block.unsort, block.order)
     if combine.top_k != top_k or not same(combine.tokens, sizes(x)[0]):
-        raise Refusal(
-            f"tokens are repeated {top_k} times but combined {combine.top_k} at a time"
-        )
+        raise Refusal(f"tokens are repeated {top_k} times but combined {combine.top_k} at a time")
     if combine.weights is not None and input_weights is not None:
         raise Refusal("routing weights scale both the input and the output")
     weights = combine.weights if combine.weights is not None else input_weights
@@ -413,9 +410,7 @@ def tensor_numel(node: fx.Node) -> Any:
     return count
 
 
-def _read_input(
-    block: _Grouped | _Batched, gemm: fx.Node
-) -> tuple[fx.Node, int, fx.Node | None]:
+def _read_input(block: _Grouped | _Batched, gemm: fx.Node) -> tuple[fx.Node, int, fx.Node | None]:
     """(x [T, H], K, routing weights on the input) of an up projection."""
     node, weights = block.rows_in(gemm), None
     while True:

@@ -54,7 +54,7 @@ def masked(node: Any, sorted_ids: Any, experts: int) -> fx.Node | None:
         return None
     if not is_number(fill, 0):
         raise Refusal(f"{node.name} fills the rows of sentinels with something else than 0")
-    return rows  # type: ignore[return-value]
+    return rows
 
 
 def clamped(index: Any, ids: Any, experts: int) -> bool:
@@ -62,9 +62,8 @@ def clamped(index: Any, ids: Any, experts: int) -> bool:
     node = peel(index)
     if node is peel(ids):
         return True
-    if is_call(node, aten.clamp_max.default) and is_number(node.args[1], experts - 1):
-        node = peel(node.args[0])
-    elif is_call(node, aten.clamp.default) and is_number(node.args[2], experts - 1):
+    bound = {aten.clamp_max.default: 1, aten.clamp.default: 2}.get(getattr(node, "target", None))
+    if bound is not None and len(node.args) > bound and is_number(node.args[bound], experts - 1):
         node = peel(node.args[0])
     return node is peel(ids)
 
@@ -210,7 +209,7 @@ class Combine:
 
     def _sum(self, node: fx.Node) -> fx.Node:
         keepdim = node.args[2] if len(node.args) > 2 else False
-        if list(node.args[1]) not in ([1], [-2]) or keepdim:  # type: ignore[arg-type]
+        if list(node.args[1]) not in ([1], [-2]) or keepdim:
             raise Refusal(f"{node.name} does not sum over the experts of a token")
         if not isinstance(self.top_k, int):
             raise Refusal("the number of experts per token is symbolic")

@@ -162,8 +162,8 @@ def _oriented(graph: fx.Graph, projection: Projection, site: ExpertsSite) -> fx.
     if not projection.transposed:
         return projection.weight
     weight = projection.weight
-    if weight.target is aten.permute.default and list(weight.args[1]) == [0, 2, 1]:  # type: ignore[arg-type]
-        return weight.args[0]  # type: ignore[return-value]
+    if weight.target is aten.permute.default and list(weight.args[1]) == [0, 2, 1]:
+        return weight.args[0]
     return call(graph, aten.permute.default, weight, [0, 2, 1], like=site.output)
 
 

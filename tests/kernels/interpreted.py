@@ -33,13 +33,20 @@ class Interpreted:
                 mock.patch.object(interpreter, "_convert_float", _convert_float),
                 mock.patch.object(interpreter.InterpreterBuilder, "create_dot", _dot),
             ):
-                _interpreted(self.kernel.fn)[grid](*args, **kwargs)
+                # A launch patches triton.language for the kernel, and restores it; Triton's own
+                # device functions look in triton.language.core.
+                core = interpreter._patch_lang(tl.sum.fn)
+                try:
+                    _interpreted(self.kernel.fn)[grid](*args, **kwargs)
+                finally:
+                    core.restore()
 
         return launch
 
 
 def _call_interpreted(function: JITFunction[Any], *args: Any, **kwargs: Any) -> Any:
-    return _interpreted(function.fn)(*args, **kwargs)
+    # Not InterpretedFunction.__call__, which patches triton.language once more and for good.
+    return _interpreted(function.fn).rewrite()(*args, **kwargs)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """The delta-rule kernels under Triton's interpreter, against the recurrence in float64.
 
-The interpreter is chosen when a kernel is defined, so this file runs itself again in a process of its
-own; everywhere else kernels stay compiled.
+The interpreter is chosen when a kernel is defined, so this file runs itself again in a process of
+its own; everywhere else kernels stay compiled.
 """
 
 from __future__ import annotations
@@ -163,10 +163,10 @@ def test_chunks_in_low_precision(dtype, gate, eps):
 
 
 @inside
-@pytest.mark.parametrize("width", (16, 24, 96, 128, 256))
+@pytest.mark.parametrize(("key", "value"), ((16, 16), (24, 96), (128, 24), (256, 16), (16, 256)))
 @pytest.mark.parametrize("gate", GATES)
-def test_head_dims(width, gate):
-    arguments = inputs(70, gate, key=width, value=width)
+def test_head_dims(key, value, gate):
+    arguments = inputs(66, gate, key=key, value=value)
     want = reference.delta_rule_recurrent(**widened(arguments))
     for function in (chunked(gate), delta_recurrent.delta_rule_recurrent):
         for got, exact in zip(function(**arguments), want, strict=True):
@@ -176,14 +176,14 @@ def test_head_dims(width, gate):
 @inside
 @pytest.mark.parametrize("gate", GATES)
 def test_chunks_equal_steps_and_parts_equal_the_whole(gate):
-    arguments = inputs(150, gate)
+    arguments = inputs(100, gate)
     out, final = chunked(gate)(**arguments)
     steps, last = delta_recurrent.delta_rule_recurrent(**arguments)
     torch.testing.assert_close(out, steps, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(final, last, rtol=1e-4, atol=1e-5)
-    cut = int(torch.randint(1, 150, ()))
+    cut = int(torch.randint(1, 100, ()))
     parts = []
-    for part in (slice(0, cut), slice(cut, 150)):
+    for part in (slice(0, cut), slice(cut, 100)):
         piece = arguments | {
             name: None if arguments[name] is None else arguments[name][:, part]
             for name in ("q", "k", "v", "g", "beta")
@@ -333,6 +333,19 @@ def test_decode_convolution_widths(length, width):
     check_decode(decode_inputs(length=length, width=width))
     given = decode_inputs(length=length, width=width) | {"conv_bias": None}
     check_decode(given, Tile(32, 64, 4))
+
+
+@inside
+@pytest.mark.parametrize("columns", (16, 64))
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+def test_decode_shifts_packed_states(columns, dtype):
+    given = decode_inputs()
+    before = given["conv_state"].to(getattr(torch, dtype))
+    for name in ("qkv", "conv_state", "conv_weight", "conv_bias", "z"):
+        given[name] = given[name].to(getattr(torch, dtype))
+    delta_decode.delta_decode(**given, **OPTIONS, tile=Tile(32, columns, 4))
+    assert torch.equal(given["conv_state"][..., :-1], before[..., 1:])
+    assert torch.equal(given["conv_state"][..., -1], given["qkv"])
 
 
 @inside

@@ -12,16 +12,22 @@ from inductor_moe.backend import collected
 from inductor_moe.testing import capture, graph_backend, relative_error
 
 PROMPT, LONGER = 16, 70
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+EXPERTS = {"grouped": "grouped_mm", "batched": "batched_mm"}
+SHAPES = {"static": None, "dynamic": True}
+QUICK = ("bf16-grouped-static", "fp32-batched-dynamic")
 CASES = [
-    pytest.param(torch.bfloat16, "grouped_mm", None, id="bf16-grouped-static"),
-    pytest.param(torch.float32, "batched_mm", True, id="fp32-batched-dynamic"),
-    pytest.param(torch.float32, "grouped_mm", None, id="fp32-grouped-static", marks=pytest.mark.slow),
-    pytest.param(torch.bfloat16, "batched_mm", None, id="bf16-batched-static", marks=pytest.mark.slow),
-    pytest.param(torch.bfloat16, "grouped_mm", True, id="bf16-grouped-dynamic", marks=pytest.mark.slow),
-    pytest.param(torch.float32, "grouped_mm", True, id="fp32-grouped-dynamic", marks=pytest.mark.slow),
-    pytest.param(torch.float32, "batched_mm", None, id="fp32-batched-static", marks=pytest.mark.slow),
-    pytest.param(torch.bfloat16, "batched_mm", True, id="bf16-batched-dynamic", marks=pytest.mark.slow),
-]  # fmt: skip
+    pytest.param(
+        DTYPES[dtype],
+        EXPERTS[experts],
+        SHAPES[shapes],
+        id=(name := f"{dtype}-{experts}-{shapes}"),
+        marks=[] if name in QUICK else pytest.mark.slow,
+    )
+    for dtype in DTYPES
+    for experts in EXPERTS
+    for shapes in SHAPES
+]
 FAMILIES = [pytest.param(family, id=family.name) for family in zoo.MOE]
 
 
@@ -77,9 +83,7 @@ def test_decode_with_a_static_cache(family, dtype, experts, dynamic):
         with torch.no_grad():
             module(ids, past_key_values=cache)
             if name == "fused":
-                result, report = capture(
-                    module, following, dynamic=dynamic, past_key_values=cache
-                )
+                result, report = capture(module, following, dynamic=dynamic, past_key_values=cache)
             else:
                 result = module(following, past_key_values=cache)
         logits[name] = result.logits

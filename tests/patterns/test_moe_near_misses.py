@@ -64,7 +64,10 @@ SHARED = (
 CASES = [
     *(pytest.param("grouped", *case, id=f"grouped: {name}") for name, case in GROUPED.items()),
     *(pytest.param("batched", *GROUPED[name], id=f"batched: {name}") for name in SHARED),
-    *(pytest.param("batched", *case, id=f"batched: {name}") for name, case in BATCHED_ONLY.items()),
+    *(
+        pytest.param("batched", *case, id=f"batched: {name}")
+        for name, case in BATCHED_ONLY.items()
+    ),
 ]
 
 
@@ -82,7 +85,9 @@ def test_near_miss_is_left_alone(form, knobs, reason):
     if knobs.get("first"):
         return  # rows past the last offset are undefined in the original, too
     for got, expected in zip(
-        torch.utils._pytree.tree_leaves(result), torch.utils._pytree.tree_leaves(eager), strict=True
+        torch.utils._pytree.tree_leaves(result),
+        torch.utils._pytree.tree_leaves(eager),
+        strict=True,
     ):
         torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
 
