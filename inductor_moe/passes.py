@@ -73,7 +73,12 @@ def rewrite(graph: fx.Graph, options: Options) -> list[Site]:
         )
     graph.eliminate_dead_code()
     # One form's refusal says nothing where another form fused the same site.
-    return [site for anchor, site in found if site.matched or anchor not in taken]
+    optional = {form.name for form in ALL if form.optional}
+    return [
+        site
+        for anchor, site in found
+        if site.matched or not (anchor in taken or site.rewrite in optional)
+    ]
 
 
 def _rewrite_site(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from inductor_moe.capture.graphs import capture, graph_backend
+from inductor_moe.report import Report
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
@@ -13,4 +14,9 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     return float(difference / reference.double().norm().clamp_min(1e-300))
 
 
-__all__ = ["capture", "graph_backend", "relative_error"]
+def fused_layers(report: Report) -> dict[str, int]:
+    """The matched sites per op of a report, routers left out: those are optional."""
+    return {op: count for op, count in report.counts().items() if op != "moe_route"}
+
+
+__all__ = ["capture", "fused_layers", "graph_backend", "relative_error"]

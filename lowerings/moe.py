@@ -7,7 +7,7 @@ from typing import Any
 
 from inductor_moe import compat
 from inductor_moe.lowerings.trace import lower
-from inductor_moe.ops import moe, moe_cpu, moe_cuda
+from inductor_moe.ops import moe, moe_cpu, moe_cuda, moe_route
 
 
 def register() -> None:
@@ -18,6 +18,14 @@ def register() -> None:
         moe.moe_down_combine,
         _lowering(moe_cuda.moe_down_combine_cuda, moe_cpu.moe_down_combine_cpu, 2),
     )
+    lower(moe_route.moe_route, moe_route_lowering)
+
+
+def moe_route_lowering(logits: Any, *args: Any) -> Any:
+    """One launch where the device runs our kernels, else softmax and top-k in aten."""
+    if not compat.runs_triton_kernels(logits.device):
+        return moe_route.moe_route_cpu(logits, *args)
+    return moe_route.moe_route_cuda(logits, *args, wrap=compat.wrap_triton)
 
 
 def _lowering(

@@ -6,13 +6,14 @@ if __name__ == "patterns":
     )
 
 from inductor_moe.patterns.delta_rule import decode, heads
-from inductor_moe.patterns.moe import dense, experts
+from inductor_moe.patterns.moe import dense, experts, router
 from inductor_moe.patterns.rewrite import Refusal, Rewrite
 
 ALL: tuple[Rewrite, ...] = (
     experts.GROUPED,
     experts.BATCHED,
     dense.DENSE,
+    router.ROUTER,
     decode.DECODE,
     heads.CALLED,
 )

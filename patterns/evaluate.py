@@ -16,7 +16,7 @@ from inductor_moe.compat import real_tensors
 from inductor_moe.patterns.moe.activation import POINTWISE
 from inductor_moe.patterns.walk import aten, is_call, is_float_cast, is_transparent, number
 
-REDUCTIONS = {aten.mean.dim, aten.sum.dim_IntList}
+REDUCTIONS = {aten.mean.dim, aten.sum.dim_IntList, aten.amax.default}
 
 
 class CannotEvaluate(Exception):
@@ -131,8 +131,9 @@ def literals(node: fx.Node, stop: Sequence[fx.Node]) -> set[float]:
     return found
 
 
-def probe(*shape: int, seed: int, scale: float = 2.0) -> torch.Tensor:
-    """Random fp64 values, the same every time."""
+def probe(*shape: int, seed: int, scale: float = 2.0, positive: bool = False) -> torch.Tensor:
+    """Random fp64 values, the same every time; at least 0.01 if positive."""
     with real_tensors():
         generator = torch.Generator().manual_seed(seed)
-        return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+        values = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+        return values.abs() + 0.01 if positive else values

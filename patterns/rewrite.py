@@ -24,6 +24,7 @@ class Rewrite:
               on is not what the op computes; changes nothing
     replace   inserts the op and redirects the users of the site's output
     describe  what was recognised, in a few words
+    optional  a refusal is no loss worth reporting: Inductor does well without this rewrite
     """
 
     name: str
@@ -32,3 +33,4 @@ class Rewrite:
     walk: Callable[[fx.Node], Any]
     replace: Callable[[fx.Graph, Any], fx.Node]
     describe: Callable[[Any], str]
+    optional: bool = False

@@ -24,7 +24,7 @@ from inductor_moe.errors import (
     TrainingGraphWarning,
     UnknownOptionError,
 )
-from inductor_moe.testing import capture, graph_backend
+from inductor_moe.testing import capture, fused_layers, graph_backend
 
 
 def test_options_are_split_from_inductors():
@@ -71,7 +71,7 @@ def test_a_rewrite_can_be_disabled(name):
 def test_disabling_one_form_leaves_the_other():
     options = {"inductor_moe.disable": "moe.experts.batched_mm"}
     _, report = capture(forms.routed(form="grouped"), forms.tokens(), options=options)
-    assert report.counts() == {"moe_experts": 1}
+    assert fused_layers(report) == {"moe_experts": 1}
 
 
 class CountingPass(torch._inductor.custom_graph_pass.CustomGraphPass):
@@ -89,7 +89,7 @@ def test_a_users_own_pass_runs_too():
     own = CountingPass()
     _, report = capture(forms.routed(), forms.tokens(), options={"post_grad_custom_pre_pass": own})
     assert own.calls == 1
-    assert report.counts() == {"moe_experts": 1}
+    assert fused_layers(report) == {"moe_experts": 1}
 
 
 def test_a_users_globally_configured_pass_runs_too():
@@ -97,7 +97,7 @@ def test_a_users_globally_configured_pass_runs_too():
     with torch._inductor.config.patch(post_grad_custom_pre_pass=own):
         _, report = capture(forms.routed(), forms.tokens())
     assert own.calls == 1
-    assert report.counts() == {"moe_experts": 1}
+    assert fused_layers(report) == {"moe_experts": 1}
 
 
 def test_the_uuid_follows_options_and_the_users_pass():
@@ -156,7 +156,7 @@ def test_a_second_process_hits_the_caches_and_still_has_the_report(tmp_path):
     second = run_cached(tmp_path)
     assert second["fx_hit"] + second["autograd_hit"] >= 1
     assert second["cached"]
-    assert second["counts"] == first["counts"] == {"moe_experts": 1}
+    assert second["counts"] == first["counts"] == {"moe_experts": 1, "moe_route": 1}
     assert second["detail"] == first["detail"]
     changed = run_cached(tmp_path, {"inductor_moe.disable": "moe.experts.grouped_mm"})
     assert changed["fx_hit"] == changed["autograd_hit"] == 0
@@ -183,7 +183,7 @@ def test_threads_compile_at_once():
         for thread in threads:
             thread.join()
     assert not errors
-    assert [report.counts() for report in reports] == [{"moe_experts": 1}] * 4
+    assert [fused_layers(report) for report in reports] == [{"moe_experts": 1}] * 4
 
 
 def broken(monkeypatch, **changes):
@@ -217,7 +217,7 @@ def test_an_exception_leaves_the_graph_as_it_was(monkeypatch, changes, text):
         result, report = capture(model, x, graphs=graphs)
     with torch.no_grad():
         torch.testing.assert_close(result, model(x), rtol=2e-2, atol=2e-2)
-    assert report.counts() == {}
+    assert fused_layers(report) == {}
     assert f"a bug in the {text}" in report.refused[0].reason
     graphs[0].graph.lint()
     assert not any(node.target is torch.ops.aten.neg.default and not node.users
@@ -251,7 +251,7 @@ def test_strict_raises_without_sites():
 
 def test_strict_accepts_a_fused_graph():
     _, report = capture(forms.routed(), forms.tokens(), options={"inductor_moe.strict": True})
-    assert report.counts() == {"moe_experts": 1}
+    assert fused_layers(report) == {"moe_experts": 1}
 
 
 def test_a_training_graph_is_left_to_inductor():
@@ -278,7 +278,7 @@ def test_modes_and_code_generation_on_cpu(mode):
         expected = model(x)
         found = torch.compile(model, backend="inductor_moe", mode=mode, fullgraph=True)(x)
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
-    assert reports[0].counts() == {"moe_experts": 1}
+    assert fused_layers(reports[0]) == {"moe_experts": 1}
 
 
 @pytest.mark.parametrize("form", ["grouped", "batched"])
@@ -305,7 +305,7 @@ def test_explain_lists_sites_and_breaks():
 
     report = inductor_moe.explain(Broken(), forms.tokens())
     assert report.graphs == 2
-    assert report.counts() == {"moe_experts": 2}
+    assert fused_layers(report) == {"moe_experts": 2}
     assert len(report.breaks) == 1
     assert inductor_moe.Report.from_json(report.to_json()) == report
 
