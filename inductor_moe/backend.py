@@ -184,13 +184,15 @@ def collected() -> Iterator[list[Report]]:
     found.extend(reporting.reports()[before:])
 
 
-def _install_capture() -> None:
+_backend = Backend()
+
+
+def __getattr__(name: str) -> Any:
+    # Resolving the backend, by name or by import, comes before Dynamo traces: the moment to
+    # install what replaces functions during tracing. Importing this module alone stays cheap.
+    if name != "inductor_moe":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from inductor_moe.capture import delta_rule
 
     delta_rule.install()
-
-
-# The backend is resolved before Dynamo traces, and this module is what resolving it imports.
-_install_capture()
-
-inductor_moe = Backend()
+    return _backend

@@ -7,16 +7,15 @@ from typing import Any
 
 from inductor_moe import compat
 from inductor_moe.lowerings.trace import lower
-from inductor_moe.ops import moe, moe_cpu, moe_cuda, moe_route
+from inductor_moe.ops import moe, moe_cpu, moe_route
 
 
 def register() -> None:
-    """Register the lowerings of moe_experts, moe_up and moe_down_combine."""
-    lower(moe.moe_experts, _lowering(moe_cuda.moe_experts_cuda, moe_cpu.moe_experts_cpu, 3))
-    lower(moe.moe_up, _lowering(moe_cuda.moe_up_cuda, moe_cpu.moe_up_cpu, 2))
+    """Register the lowerings of moe_experts, moe_up, moe_down_combine and moe_route."""
+    lower(moe.moe_experts, _lowering("moe_experts_cuda", moe_cpu.moe_experts_cpu, 3))
+    lower(moe.moe_up, _lowering("moe_up_cuda", moe_cpu.moe_up_cpu, 2))
     lower(
-        moe.moe_down_combine,
-        _lowering(moe_cuda.moe_down_combine_cuda, moe_cpu.moe_down_combine_cpu, 2),
+        moe.moe_down_combine, _lowering("moe_down_combine_cuda", moe_cpu.moe_down_combine_cpu, 2)
     )
     lower(moe_route.moe_route, moe_route_lowering)
 
@@ -28,18 +27,19 @@ def moe_route_lowering(logits: Any, *args: Any) -> Any:
     return moe_route.moe_route_cuda(logits, *args, wrap=compat.wrap_triton)
 
 
-def _lowering(
-    triton: Callable[..., Any], aten: Callable[..., Any], ids: int
-) -> Callable[..., Any]:
+def _lowering(launcher: str, aten: Callable[..., Any], ids: int) -> Callable[..., Any]:
     """The Triton implementation where the device runs our kernels, else the aten one.
 
-    ids  the position of the expert numbers [T, K] among the op's arguments
+    launcher  its name in ops.moe_cuda, which cannot be imported without Triton
+    ids       the position of the expert numbers [T, K] among the op's arguments
     """
 
     def implementation(*args: Any) -> Any:
         if not compat.runs_triton_kernels(args[0].device):
             return aten(*args)
+        from inductor_moe.ops import moe_cuda
+
         tokens = compat.size_hint(args[ids].shape[0])
-        return triton(*args, tokens_hint=tokens, wrap=compat.wrap_triton)
+        return getattr(moe_cuda, launcher)(*args, tokens_hint=tokens, wrap=compat.wrap_triton)
 
     return implementation
