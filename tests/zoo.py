@@ -137,6 +137,26 @@ MOE = (
 )  # fmt: skip
 
 
+DELTA = (
+    *(family for family in MOE if family.delta_layers),
+    Family("qwen3_5_text", LINEAR, moe_layers=0, switchable=False, delta_layers=1),
+    Family(
+        "olmo_hybrid", {**LINEAR, "num_key_value_heads": 2},
+        moe_layers=0, switchable=False, delta_layers=1,
+    ),
+    Family(
+        "kimi_linear",
+        {
+            "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+            "layer_types": LINEAR["layer_types"], "mlp_layer_types": ["dense", "sparse"],
+            "linear_head_dim": 16, "linear_num_heads": 2, "num_key_value_heads": 2,
+            "kv_lora_rank": 16, "qk_nope_head_dim": 8, "v_head_dim": 16,
+        },
+        moe_layers=1, delta_layers=1,
+    ),
+)  # fmt: skip
+
+
 def prepare(
     model: torch.nn.Module, dtype: torch.dtype, implementation: str, switchable: bool = True
 ) -> tuple[torch.nn.Module, torch.nn.Module]:

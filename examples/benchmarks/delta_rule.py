@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from inductor_moe.kernels import delta_chunk, delta_chunk_channel, delta_decode, delta_rule
+from inductor_moe.kernels import delta_decode, delta_rule
 from inductor_moe.kernels.delta_launch import Tile
 from inductor_moe.reference import delta_rule as reference
 
@@ -213,12 +213,18 @@ def check(shard: int, shards: int) -> None:
         cases += [
             lambda g=gate: check_sequence(f"fp32 {g}", tokens=130, gate=g, dtype=FP32, **small),
             lambda g=gate: check_sequence(f"fp16 {g}", tokens=130, gate=g, dtype=FP16, **small),
-            lambda g=gate: check_sequence(f"256 {g}", tokens=130, gate=g, key=256, value=256, **small),
-            lambda g=gate: check_sequence(f"40x24 {g}", tokens=130, gate=g, key=40, value=24, **small),
+            lambda g=gate: check_sequence(
+                f"256 {g}", tokens=130, gate=g, key=256, value=256, **small
+            ),
+            lambda g=gate: check_sequence(
+                f"40x24 {g}", tokens=130, gate=g, key=40, value=24, **small
+            ),
             lambda g=gate: check_sequence(
                 f"packed {g}", [0, 5, 5, 70, 134, 200], tokens=200, gate=g, **small
             ),
-            lambda g=gate: check_sequence(f"keys as given {g}", eps=None, tokens=200, gate=g, **small),
+            lambda g=gate: check_sequence(
+                f"keys as given {g}", eps=None, tokens=200, gate=g, **small
+            ),
         ]
     cases += [
         lambda: check_sequence("64 batch 3", tokens=100, batch=3, key=64, value=64, **small),
@@ -313,7 +319,7 @@ def time_all(
 
     decode_variants: dict[str, dict[str, Any]] = {"default": {}}
     if variants:
-        tiles = ((16, 2), (32, 2), (64, 4), (64, 8), (128, 8), (128, 16), (256, 16))
+        tiles = ((16, 2), (32, 4), (64, 4), (128, 8))
         for value, warps in tiles:
             decode_variants[f"{value} wide, {warps} warps"] = {"tile": Tile(WIDTH, value, warps)}
     for batch in (1, 8, 32, 128, 256):
@@ -326,23 +332,13 @@ def time_all(
                 lambda options=options, **a: delta_decode.delta_decode(**a, **options),
                 sets,
             )
-    chunk = delta_chunk.delta_rule_chunk
-    channel = delta_chunk_channel.delta_rule_chunk_channel
-    channel_variants: dict[str, dict[str, Any]] = {"default": {}}
-    if variants:
-        for key, warps in ((32, 4), (32, 8), (128, 8)):
-            tile = Tile(key, 0, warps)
-            channel_variants[f"intra {key} wide, {warps} warps"] = {"intra": tile}
+    chunk = channel = delta_rule.delta_rule
     for tokens in (64, 512, 2048, 8192, 32768):
         sets = [sequence(tokens) for _ in range(4 if tokens < 4096 else 2)]
         report("chunk", f"T={tokens}", "ours", lambda **a: chunk(**a), sets)
     for tokens in (512, 2048, 8192):
         sets = [sequence(tokens, "channel") for _ in range(2)]
-        for name, options in channel_variants.items():
-            provider = f"ours, {name}"
-            report(
-                "channel", f"T={tokens}", provider, lambda o=options, **a: channel(**a, **o), sets
-            )
+        report("channel", f"T={tokens}", "ours", lambda **a: channel(**a), sets)
     for tokens in (2, 4, 8):
         sets = [sequence(tokens) for _ in range(8)]
         report("steps", f"T={tokens}", "ours", lambda **a: delta_rule.delta_rule(**a), sets)
@@ -358,17 +354,17 @@ def time_all(
 
 def profile() -> None:
     """Microseconds of every kernel, mean of 20 calls."""
-    calls = {
-        "decode B=1": lambda a=decode_inputs(1): delta_decode.delta_decode(**a),
-        "decode B=256": lambda a=decode_inputs(256): delta_decode.delta_decode(**a),
-        "chunk T=8192": lambda a=sequence(8192): delta_rule.delta_rule(**a),
-        "channel T=8192": lambda a=sequence(8192, "channel"): delta_rule.delta_rule(**a),
+    cases = {
+        "decode B=1": (delta_decode.delta_decode, decode_inputs(1)),
+        "decode B=256": (delta_decode.delta_decode, decode_inputs(256)),
+        "chunk T=8192": (delta_rule.delta_rule, sequence(8192)),
+        "channel T=8192": (delta_rule.delta_rule, sequence(8192, "channel")),
     }
-    for name, call in calls.items():
-        call()
+    for name, (call, arguments) in cases.items():
+        call(**arguments)
         with torch.profiler.profile() as trace:
             for _ in range(20):
-                call()
+                call(**arguments)
             torch.cuda.synchronize()
         for event in trace.key_averages():
             if event.device_time_total and "delta" in event.key:

@@ -2,8 +2,8 @@
 
 With G the running log decay of a chunk and A = beta * (k k^T * exp(G_i - G_j)) below the diagonal:
 writes D = (I + A)^-1 beta (v - exp(G) k S), outputs scale * (exp(G) q S + (q k^T * decay) D), next
-state exp(G_C) S + (k exp(G_C - G))^T D. The first kernel makes (I + A)^-1 beta, the causal q k^T and
-the factor of every row; the second carries S.
+state exp(G_C) S + (k exp(G_C - G))^T D. The first kernel makes (I + A)^-1 beta, the causal q k^T
+and the factor of every row; the second carries S.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from inductor_moe.kernels.delta_launch import (
 
 @triton.jit
 def binary_decay(g):
-    """Log decay to base two. Below the floor exp2 is zero; -inf minus -inf stays out of the sums."""
+    """Log decay to base two. Below the floor exp2 is zero; the sums never meet -inf minus -inf."""
     return tl.maximum(g.to(tl.float32) * 1.4426950408889634, -160.0)
 
 
@@ -67,9 +67,9 @@ def unit_lower_inverse(
 ):
     """(I + a)^-1 of a strictly lower triangular [C, C], C = 2**levels.
 
-    Inverses of the diagonal blocks of 2**level rows give those of twice as many. levels comes at run
-    time: unrolled, every level's mask would live in registers. SHORT_SOLVE multiplies in fp16, whose
-    11 bits suffice where unit keys bound the entries.
+    Inverses of the diagonal blocks of 2**level rows give those of twice as many. levels comes at
+    run time: unrolled, every level's mask would live in registers. SHORT_SOLVE multiplies in fp16,
+    whose 11 bits suffice where unit keys bound the entries.
     """
     DTYPE: tl.constexpr = tl.float16 if SHORT_SOLVE else tl.float32
     row = tl.arange(0, C)
@@ -276,7 +276,10 @@ def delta_rule_chunk(
     intra: Tile | None = None,
     scan: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`inductor_moe::delta_rule` for g [B, T, HV] or None, in two launches."""
+    """`inductor_moe::delta_rule` for g [B, T, HV] or None, in two launches.
+
+    Call `kernels.delta_rule.delta_rule_padded`: this expects vector-loadable rows.
+    """
     q, k, v = inner_contiguous(q), inner_contiguous(k), inner_contiguous(v)
     state = None if state is None else inner_contiguous(state)
     batch, tokens, heads, key_width = q.shape
@@ -305,7 +308,8 @@ def delta_rule_chunk(
         num_warps=tile.warps,
     )  # fmt: skip
     tile = scan or scan_tile(key_width, value_width, q.dtype, q.device)
-    traced(delta_chunk_scan_kernel)[(triton.cdiv(value_width, tile.value), value_heads, sequences)](
+    grid = (triton.cdiv(value_width, tile.value), value_heads, sequences)
+    traced(delta_chunk_scan_kernel)[grid](
         q, k, v, out, solve, attn, rows, state, final, cu_seqlens,
         tokens, value_heads, rows.stride(0),
         *strides(q, 3), *strides(k, 3), *strides(v, 3), *strides(out, 3),

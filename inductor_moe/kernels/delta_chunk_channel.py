@@ -51,8 +51,8 @@ def inverse_norm(
 def decay_over(span, decay, EXACT: tl.constexpr):
     """exp2 of the sums of decay [C, K] over each row's span [C, C].
 
-    As a product: prefix sums would be subtracted, and cancel, for every pair of borders. fp16 moves
-    the result by less than 2**-13; EXACT adds what fp16 cut off.
+    As a product: prefix sums would be subtracted, and cancel, for every pair of borders. fp16
+    moves the result by less than 2**-13; EXACT adds what fp16 cut off.
     """
     span = span.to(tl.float16)
     short = decay.to(tl.float16)
@@ -88,7 +88,7 @@ def delta_channel_intra_kernel(
     q, k,                   # [B, T, H, K]
     g, beta,                # [B, T, HV, K], [B, T, HV]
     solve, attn,            # [B, HV, T, C]: (I + A)^-1 beta; scale * causal q k^T with decay
-    q_read, k_read, k_write,  # [B, HV, T, K]: q, k times decay from the start, k times it to the end
+    q_read, k_read, k_write,  # [B, HV, T, K]: q, k decayed from the start, k to the end
     whole,                  # [B, HV, slots, K] fp32: decay of the whole chunk
     cu_seqlens,             # [N + 1] with VARLEN
     levels, sequences, tokens, slots, value_heads, scale, eps,
@@ -257,7 +257,10 @@ def delta_rule_chunk_channel(
     intra: Tile | None = None,
     scan: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`inductor_moe::delta_rule` for g [B, T, HV, K], in two launches."""
+    """`inductor_moe::delta_rule` for g [B, T, HV, K], in two launches.
+
+    Call `kernels.delta_rule.delta_rule_padded`: this expects vector-loadable rows and K <= 128.
+    """
     q, k, v, g = inner_contiguous(q), inner_contiguous(k), inner_contiguous(v), inner_contiguous(g)
     state = None if state is None else inner_contiguous(state)
     batch, tokens, heads, key_width = q.shape

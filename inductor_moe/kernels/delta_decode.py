@@ -212,7 +212,8 @@ def delta_decode_tail_kernel(
     channels, norm_eps,
     qkv_b, conv_b, conv_c, conv_l, x_b, x_h, z_b, z_h, out_b, out_h,
     V: tl.constexpr, BLOCK_V: tl.constexpr, L: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_C: tl.constexpr, PACKED: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, SILU: tl.constexpr,
+    BLOCK_C: tl.constexpr, PACKED: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, SILU: tl.constexpr,
     SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Norm of one value head, and the shift of BLOCK_C channels."""
@@ -319,7 +320,8 @@ def delta_decode(
         *strides(recurrent_state, 3), *strides(z, 2), *strides(result, 2),
         GROUP=value_heads // heads, K=key_width, V=value_width,
         BLOCK_K=tile.key, BLOCK_V=tile.value, L=length, W=taps, BLOCK_L=block_l,
-        SHIFT=shift_inside, PACKED=packed, HAS_BIAS=conv_bias is not None, PER_CHANNEL=a.dim() == 3,
+        SHIFT=shift_inside, PACKED=packed, HAS_BIAS=conv_bias is not None,
+        PER_CHANNEL=a.dim() == 3,
         SOFTPLUS=gate == "softplus", GIVEN=gate == "given", HAS_DT_BIAS=dt_bias is not None,
         NORMALIZE=l2norm_eps is not None, NORM=norm_inside, GATED=z is not None, SILU=silu,
         SLOTS=slots is not None, num_warps=tile.warps,
@@ -331,7 +333,8 @@ def delta_decode(
             *strides(qkv, 1), *strides(conv_state, 3), *strides(result, 2), *strides(z, 2),
             *strides(out, 2),
             V=value_width, BLOCK_V=padded(value_width), L=length, BLOCK_L=block_l,
-            BLOCK_C=block_c, PACKED=packed, NORM=norm and not norm_inside, GATED=z is not None, SILU=silu,
+            BLOCK_C=block_c, PACKED=packed,
+            NORM=norm and not norm_inside, GATED=z is not None, SILU=silu,
             SLOTS=slots is not None, num_warps=4,
         )  # fmt: skip
     return out

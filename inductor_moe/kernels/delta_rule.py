@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
+import triton
 from torch import Tensor
 
 from inductor_moe.kernels.delta_chunk import delta_rule_chunk
@@ -9,6 +11,66 @@ from inductor_moe.kernels.delta_chunk_channel import delta_rule_chunk_channel
 from inductor_moe.kernels.delta_recurrent import delta_rule_recurrent
 
 RECURRENT_TOKENS = 8
+CHUNK_WIDTHS = (64, 256)
+CHANNEL_CHUNK_WIDTHS = (64, 128)
+# Triton's alignment hint: a stride it cannot assume a multiple of this ends vector loads
+ALIGNED = 16
+
+
+def chunk_width(width: int) -> int:
+    return max(CHUNK_WIDTHS[0], triton.next_power_of_2(width))
+
+
+def vector_loadable(x: Tensor) -> Tensor:
+    """x, or a copy whose rows start at vector boundaries."""
+    offset = x.storage_offset()
+    steps = [step for step in x.stride()[:-1] if isinstance(step, int)]
+    unaligned = isinstance(offset, int) and offset % ALIGNED
+    if x.stride(-1) == 1 and not unaligned and all(step % ALIGNED == 0 for step in steps):
+        return x
+    return x.contiguous() if not x.is_contiguous() else x.clone()
+
+
+def delta_rule_padded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    state: Tensor | None,
+    scale: float,
+    l2norm_eps: float | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """By chunks, head dims filled with zeros up to a power of two from 64 on.
+
+    The serial kernel gave wrong results on an H100 (Triton 3.6) where a row's width or alignment
+    kept its loads from being vectors, so neither ever reaches it.
+    """
+    key_width, value_width = q.shape[3], v.shape[3]
+    more_k = chunk_width(key_width) - key_width
+    more_v = chunk_width(value_width) - value_width
+    per_channel = g is not None and g.dim() == 4
+    if more_k:
+        q, k = F.pad(q, (0, more_k)), F.pad(k, (0, more_k))
+    if more_k and g is not None and per_channel:
+        g = F.pad(g, (0, more_k))
+    if more_v:
+        v = F.pad(v, (0, more_v))
+    if state is not None and (more_k or more_v):
+        state = F.pad(state, (0, more_v, 0, more_k))
+    q, k, v = vector_loadable(q), vector_loadable(k), vector_loadable(v)
+    if g is not None and per_channel:
+        out, final = delta_rule_chunk_channel(
+            q, k, v, vector_loadable(g), beta, state, scale, l2norm_eps, cu_seqlens
+        )
+    else:
+        out, final = delta_rule_chunk(q, k, v, g, beta, state, scale, l2norm_eps, cu_seqlens)
+    if more_v:
+        out = out[..., :value_width].contiguous()
+    if more_k or more_v:
+        final = final[:, :, :key_width, :value_width].contiguous()
+    return out, final
 
 
 def delta_rule(
@@ -26,15 +88,16 @@ def delta_rule(
     """`inductor_moe::delta_rule` by launches make_fx can trace.
 
     Every branch serves every length; tokens_hint, a typical length of one sequence, chooses the
-    one to trace where T is symbolic. Without it a symbolic T takes the chunked kernels.
+    one to trace where T is symbolic. Without it a symbolic T takes the chunked kernels. Head dims
+    past the chunked kernels' registers (256; 128 for a decay per channel) go token by token.
     """
     tokens = q.shape[1]
     if tokens_hint is None and isinstance(tokens, int):
         sequences = 1 if cu_seqlens is None else max(1, cu_seqlens.shape[0] - 1)
         tokens_hint = (tokens + sequences - 1) // sequences
     arguments = (q, k, v, g, beta, state, scale, l2norm_eps, cu_seqlens)
-    if tokens_hint is not None and tokens_hint <= RECURRENT_TOKENS:
+    widest = (CHANNEL_CHUNK_WIDTHS if g is not None and g.dim() == 4 else CHUNK_WIDTHS)[1]
+    few = tokens_hint is not None and tokens_hint <= RECURRENT_TOKENS
+    if few or q.shape[3] > widest:
         return delta_rule_recurrent(*arguments)
-    if g is not None and g.dim() == 4:
-        return delta_rule_chunk_channel(*arguments)
-    return delta_rule_chunk(*arguments)
+    return delta_rule_padded(*arguments)

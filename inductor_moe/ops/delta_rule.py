@@ -119,7 +119,8 @@ def delta_rule(
     Per token and value head: S *= exp(g); d = (v - S^T k) * beta; S += k (x) d; o = scale * S^T q.
 
     q, k        [B, T, H, K]      any float; x / sqrt(sum(x * x) + l2norm_eps) if that is given
-    v           [B, T, HV, V]     q's dtype; HV is a multiple of H, head j reads key head j // (HV // H)
+    v           [B, T, HV, V]     q's dtype; HV is a multiple of H, value head j reads key head
+                                  j // (HV // H)
     g           [B, T, HV]        log decay, natural base, <= 0, -inf allowed; or [B, T, HV, K] per
                                   channel of the key; or None for no decay
     beta        [B, T, HV]        write strength in [0, 1], or [0, 2] for negative eigenvalues
@@ -224,7 +225,8 @@ def check_delta_decode(
     _check_shape(op, "conv_weight", conv_weight, "[C, W]", (channels, width))
     if length < width - 1:
         raise ValueError(
-            f"{op}: conv_state keeps {length} inputs; a width of {width} needs at least {width - 1}."
+            f"{op}: conv_state keeps {length} inputs; "
+            f"a width of {width} needs at least {width - 1}."
         )
     if conv_bias is not None:
         _check_shape(op, "conv_bias", conv_bias, "[C]", (channels,))

@@ -1,12 +1,14 @@
 """The delta rule in plain torch: the oracle of the tests and the CPU implementation of the ops.
 
-Everything computes in float32, or in float64 when an input is float64. Every function is functional
-unless it says otherwise, and can be traced: token and chunk counts that are plain integers unroll.
+Everything computes in float32, or in float64 when an input is float64. Every function is
+functional unless it says otherwise, and can be traced: token and chunk counts that are plain
+integers unroll.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +80,7 @@ def delta_rule_recurrent(
         delta = (v[:, t].to(dtype) - read) * beta[:, t, :, None].to(dtype)
         current = current + key * delta.unsqueeze(-2)
         outputs.append((current * queries[:, t, :, :, None]).sum(-2))
-    out = torch.stack(outputs, 1) if outputs else v.to(dtype)
+    out = outputs[0].unsqueeze(1) if len(outputs) == 1 else torch.stack(outputs, 1)
     return out.to(v.dtype), current.to(state_dtype(v, state))
 
 
@@ -242,7 +244,7 @@ def _by_sequence(
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     shape = (len(ends) - 1, v.shape[2], q.shape[3], v.shape[3])
     final = torch.empty(shape, dtype=state_dtype(v, state), device=v.device)
-    for n, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for n, (start, end) in enumerate(pairwise(ends)):
         part = slice(start, end)
         out[:, part], final[n : n + 1] = delta_rule(
             q[:, part],

@@ -23,7 +23,12 @@ if INTERPRETED:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    from inductor_moe.kernels import delta_chunk, delta_chunk_channel, delta_decode, delta_recurrent
+    from inductor_moe.kernels import (
+        delta_chunk,
+        delta_chunk_channel,
+        delta_decode,
+        delta_recurrent,
+    )
     from inductor_moe.kernels.delta_launch import Tile
     from inductor_moe.kernels.delta_rule import delta_rule
     from inductor_moe.reference import delta_rule as reference
@@ -120,7 +125,7 @@ def chunked(gate):
 
 
 def low_precision(arguments):
-    """The rule by chunks in plain torch with the operands of every product in the inputs' dtype."""
+    """The rule by chunks in plain torch, every product's operands in the inputs' dtype."""
     dtype = arguments["q"].dtype
     matmul = torch.Tensor.__matmul__
 
@@ -192,6 +197,19 @@ def test_chunks_equal_steps_and_parts_equal_the_whole(gate):
         parts.append(one)
     torch.testing.assert_close(torch.cat(parts, 1), out, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(arguments["state"], final, rtol=1e-4, atol=1e-5)
+
+
+@inside
+@pytest.mark.parametrize("gate", GATES)
+def test_unaligned_rows_are_copied(gate):
+    arguments = inputs(20, gate, key=64, value=64)
+    shifted = dict(arguments)
+    for name in ("q", "k", "v"):
+        flat = torch.zeros(arguments[name].numel() + 1)
+        flat[1:] = arguments[name].flatten()
+        shifted[name] = flat[1:].view(arguments[name].shape)
+    for got, want in zip(delta_rule(**shifted), delta_rule(**arguments), strict=True):
+        assert torch.equal(got, want)
 
 
 @inside

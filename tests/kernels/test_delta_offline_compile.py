@@ -1,6 +1,6 @@
-"""Every delta-rule kernel becomes machine code for each architecture: no spills, shared memory fits.
+"""Every delta-rule kernel becomes machine code for each architecture, without spills.
 
-The launchers run on meta-like CPU tensors with their launches recorded, so the tiles, strides and
+The launchers run on CPU tensors with their launches recorded, so the tiles, strides and
 flags are those a user gets. No GPU is needed: Triton compiles ahead of time.
 """
 

@@ -1,4 +1,4 @@
-"""`delta_rule` and `delta_decode` on the CPU: contract, mathematics, agreement with transformers."""
+"""`delta_rule` and `delta_decode` on the CPU: contract, mathematics, transformers."""
 
 from __future__ import annotations
 
