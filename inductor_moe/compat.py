@@ -164,6 +164,20 @@ def is_symbolic(value: Any) -> bool:
     return isinstance(value, torch.SymInt)
 
 
+def clear_graph_breaks() -> None:
+    """Forget the graph breaks seen so far."""
+    from torch._dynamo.utils import counters
+
+    counters["graph_break"].clear()
+
+
+def graph_breaks() -> tuple[str, ...]:
+    """The reasons of the graph breaks since they were last cleared."""
+    from torch._dynamo.utils import counters
+
+    return tuple(str(reason) for reason in counters["graph_break"])
+
+
 @contextlib.contextmanager
 def no_caches() -> Iterator[None]:
     """Compile without the FX graph cache and the AOTAutograd cache."""

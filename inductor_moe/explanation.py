@@ -6,8 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
+from inductor_moe import compat
 from inductor_moe.capture.graphs import capture
 from inductor_moe.report import Report
 
@@ -25,7 +24,6 @@ def explain(
     torch.no_grad(). The model's state (a KV cache in the arguments, say) advances as in a normal
     call. `dynamic` and `options` are those of torch.compile.
     """
-    torch._dynamo.utils.counters["graph_break"].clear()
+    compat.clear_graph_breaks()
     _, report = capture(model, *args, dynamic=dynamic, fullgraph=False, options=options, **kwargs)
-    breaks = tuple(str(reason) for reason in torch._dynamo.utils.counters["graph_break"])
-    return dataclasses.replace(report, breaks=breaks)
+    return dataclasses.replace(report, breaks=compat.graph_breaks())

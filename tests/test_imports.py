@@ -39,10 +39,6 @@ ROUTES = {
 SURFACE = {"__init__", "cli", "demo", "doctor", "explanation", "report_html", "targets", "testing"}
 
 PRIVATE = ("torch._", "functorch")
-TOLERATED = {
-    "inductor_moe.capture.graphs": "torch._dynamo.reset",
-    "inductor_moe.explanation": "torch._dynamo.utils.counters",
-}
 COMPAT_ONLY = "private APIs of PyTorch are used in inductor_moe/compat.py alone"
 
 
@@ -108,8 +104,7 @@ def private_uses(name: str) -> list[str]:
         if isinstance(node, ast.Attribute):
             dotted = ast.unparse(node)
             private = dotted.startswith("torch._") and dotted.split(".")[1] in PRIVATE_MODULES
-            tolerated = TOLERATED.get(name, "-")
-            if private and not dotted.startswith(tolerated) and not tolerated.startswith(dotted):
+            if private:
                 found.append(f"line {node.lineno}: {dotted}")
     return found
 

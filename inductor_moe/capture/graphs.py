@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from inductor_moe import backend as backends
 from inductor_moe import compat
-from inductor_moe.backend import collected, inductor_moe
+from inductor_moe.backend import collected
 from inductor_moe.report import Report, merge
 
 
@@ -27,9 +28,11 @@ def graph_backend(
             graphs.append(gm)
         return compat.boxed(gm.forward)
 
+    compile_graph: Any = backends.inductor_moe
+
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         with compat.no_caches():
-            return inductor_moe(gm, example_inputs, options=options, inner_compile=inner_compile)
+            return compile_graph(gm, example_inputs, options=options, inner_compile=inner_compile)
 
     backend.is_inductor_moe = True  # type: ignore[attr-defined]
     return backend
@@ -45,7 +48,7 @@ def capture(
     **kwargs: Any,
 ) -> tuple[Any, Report]:
     """Run function(*args, **kwargs) through graph_backend; its result and the report."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(
         function, backend=graph_backend(options, graphs), fullgraph=fullgraph, dynamic=dynamic
     )

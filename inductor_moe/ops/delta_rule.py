@@ -341,7 +341,8 @@ def _decode_arguments(*args: Any, **kwargs: Any) -> dict[str, Any]:
 def _delta_decode_fake(*args: Any, **kwargs: Any) -> Tensor:
     arguments = _decode_arguments(*args, **kwargs)
     qkv, state = arguments["qkv"], arguments["recurrent_state"]
-    return qkv.new_empty((qkv.shape[0], state.shape[1], state.shape[3]))
+    out: Tensor = qkv.new_empty((qkv.shape[0], state.shape[1], state.shape[3]))
+    return out
 
 
 @delta_decode.register_kernel("cuda")

@@ -285,7 +285,7 @@ def _sort(ids: Tensor, experts: int, block_m: int, tokens_hint: int | None, wrap
     tokens, top_k = ids.shape
     pairs = tokens * top_k
     hint = _tokens(ids, tokens_hint) * top_k
-    capacity = _cdiv(pairs, block_m) + torch.sym_min(experts, pairs)  # type: ignore[no-untyped-call]
+    capacity = _cdiv(pairs, block_m) + torch.sym_min(experts, pairs)
     order = torch.empty((pairs,), dtype=torch.int32, device=ids.device)
     blocks = torch.empty((3 * capacity,), dtype=torch.int32, device=ids.device)
     bins = max(32, _power_of_two(experts))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -166,7 +167,8 @@ def delta_rule_chunk(
 
     def chunked(x: Tensor) -> Tensor:  # [B, T, HV, ...] -> [B, HV, N, C, ...]
         x = F.pad(x.to(dtype), (0, 0) * (x.dim() - 2) + (0, padding))
-        return x.unflatten(1, (-1, chunk)).movedim(3, 1)
+        chunks: Tensor = x.unflatten(1, (-1, chunk))
+        return chunks.movedim(3, 1)
 
     queries = chunked(share_heads(l2norm(q.to(dtype), l2norm_eps), value_heads)) * scale
     keys = chunked(share_heads(l2norm(k.to(dtype), l2norm_eps), value_heads))
@@ -387,7 +389,9 @@ def delta_decode(
     beta_scale: float,
 ) -> Tensor:
     """`delta_decode_functional` with both states updated in place, rows chosen by slots [B]."""
-    rest = (scale, l2norm_eps, norm_eps, norm_activation, gate, gate_lower_bound, beta_scale)
+    rest: tuple[Any, ...] = (
+        scale, l2norm_eps, norm_eps, norm_activation, gate, gate_lower_bound, beta_scale
+    )  # fmt: skip
     weights = (conv_weight, conv_bias)
     if slots is None:
         out, new_conv, new_state = delta_decode_functional(

@@ -253,12 +253,14 @@ def _sorts_ascending(sort: fx.Node) -> bool:
 
 def _floor_divided(node: Any) -> tuple[Any, int] | None:
     """(dividend, K) of a floor division of non-negative numbers."""
-    if is_call(node, aten.div.Tensor_mode) and node.kwargs.get("rounding_mode") in (
-        "floor",
-        "trunc",
-    ):
-        divisor = node.args[1]
-    elif is_call(node, aten.floor_divide.default):
+    if (
+        is_call(node, aten.div.Tensor_mode)
+        and node.kwargs.get("rounding_mode")
+        in (
+            "floor",
+            "trunc",
+        )
+    ) or is_call(node, aten.floor_divide.default):
         divisor = node.args[1]
     else:
         return None

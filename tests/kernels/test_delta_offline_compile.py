@@ -16,6 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -27,6 +34,7 @@ from inductor_moe.kernels import (
     delta_launch,
     delta_recurrent,
 )
+from inductor_moe.kernels.delta_rule import delta_rule
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="compiles: not under the interpreter"
@@ -170,3 +178,23 @@ def test_qwen_heads_compile_without_spills(case, arch, monkeypatch):
         print(usage, launch.options)
         assert usage.stack == 0, usage
         assert usage.shared <= SHARED_LIMIT[arch], usage
+
+
+@pytest.mark.parametrize(("gate_dims", "hint", "launches"), [(3, None, 2), (4, None, 2), (3, 4, 1)])
+def test_launches_trace_with_a_symbolic_token_count(gate_dims, hint, launches):
+    shapes = ShapeEnv()
+    fake = FakeTensorMode(shape_env=shapes)
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    tokens = fake.from_tensor(torch.empty(70), symbolic_context=context).shape[0]
+    with fake:
+        half = {"dtype": torch.bfloat16, "device": "cuda"}
+        q, k = (torch.empty(1, tokens, 2, 64, **half) for _ in range(2))
+        v = torch.empty(1, tokens, 4, 64, **half)
+        g = torch.empty(1, tokens, 4, *([64] if gate_dims == 4 else []), device="cuda")
+        beta = torch.empty(1, tokens, 4, device="cuda")
+        graph = make_fx(
+            lambda *tensors: delta_rule(*tensors, None, 0.1, 1e-6, tokens_hint=hint)
+        )(q, k, v, g, beta)
+    names = [str(node.target) for node in graph.graph.nodes]
+    assert sum("triton_kernel_wrapper" in name for name in names) == launches
+    assert not shapes.guards
