@@ -81,7 +81,12 @@ def delta_rule_recurrent(
         delta = (v[:, t].to(dtype) - read) * beta[:, t, :, None].to(dtype)
         current = current + key * delta.unsqueeze(-2)
         outputs.append((current * queries[:, t, :, :, None]).sum(-2))
-    out = outputs[0].unsqueeze(1) if len(outputs) == 1 else torch.stack(outputs, 1)
+    if not outputs:
+        out = v.to(dtype)
+    elif len(outputs) == 1:
+        out = outputs[0].unsqueeze(1)
+    else:
+        out = torch.stack(outputs, 1)
     return out.to(v.dtype), current.to(state_dtype(v, state))
 
 

@@ -30,6 +30,7 @@ from inductor_moe.patterns.walk import (
     is_getitem,
     is_transparent,
     last_dim,
+    number,
     prims,
     same,
     same_sizes,
@@ -42,6 +43,7 @@ from inductor_moe.patterns.walk import (
 class Convolution:
     """qkv [B, C] enters, conv_state [B, C, L] shifts, weight [C, 1, W] or [C, W], bias [C]."""
 
+    node: fx.Node
     qkv: fx.Node
     state: fx.Node
     weight: fx.Node
@@ -120,7 +122,9 @@ def walk(rule: fx.Node) -> DecodeSite:
     copy = _written_back(final, state)
     if set(state.users) != {rule, copy}:
         raise Refusal(f"the state {state.name} is read elsewhere, too")
-    convolution = _read_convolution(_read_split(q, k, v, state))
+    split = _read_split(q, k, v, state)
+    convolution = _read_convolution(split.args[0])
+    _check_private(split, convolution.node)
     if dtype(convolution.qkv) != dtype(v):
         raise Refusal("the convolution changes the dtype")
     norm = _read_norm(out, sizes(v))
@@ -164,7 +168,7 @@ def _moves_only_ones(node: Any) -> bool:
 
 
 def _read_split(q: Any, k: Any, v: Any, state: fx.Node) -> fx.Node:
-    """The rows [B, C] that are split into q, k and v in this order."""
+    """The split of rows [B, C] into q, k and v in this order."""
     _, value_heads, key_width, value_width = sizes(state)
     parts, heads = [], set()
     for node in (q, k):
@@ -191,7 +195,21 @@ def _read_split(q: Any, k: Any, v: Any, state: fx.Node) -> fx.Node:
         raise Refusal(f"{split.name} splits {split.args[1]}, not q, k and v of {wanted}")
     if any(len(user.users) != 1 for user in split.users):
         raise Refusal("q, k or v is used outside the rule")
-    return split.args[0]
+    return split
+
+
+def _check_private(split: fx.Node, convolution: fx.Node) -> None:
+    """Refuse where anything between the convolution and the split is used elsewhere, too."""
+    between, frontier = {convolution}, [split.args[0]]
+    while frontier:
+        node = frontier.pop()
+        if node not in between:
+            between.add(node)
+            frontier.extend(node.all_input_nodes)
+    for node in between:
+        outside = [user for user in node.users if user not in between and user is not split]
+        if outside and number(node) is None:
+            raise Refusal(f"{node.name}, before the split, is used by {outside[0].name}")
 
 
 def _read_convolution(mixed: fx.Node) -> Convolution:
@@ -232,7 +250,7 @@ def _read_update(conv: Any) -> Convolution:
     qkv = _strip(token)
     if not same_sizes(without_ones(sizes(qkv)), without_ones(sizes(token))):
         raise Refusal(f"{token.name} is not one row of channels")
-    return Convolution(qkv, state, weight, bias, copy)
+    return Convolution(conv, qkv, state, weight, bias, copy)
 
 
 def _shifted_back(joined: fx.Node, state: fx.Node, length: int, conv: fx.Node) -> fx.Node:

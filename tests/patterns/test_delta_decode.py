@@ -1,0 +1,190 @@
+"""The fused decode step: what is recognised around the rule, what is not, and exact states always."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from inductor_moe.ops.delta_rule import delta_rule
+from inductor_moe.testing import capture, relative_error
+
+HEADS, VALUE_HEADS, KEY, VALUE, HIDDEN = 2, 4, 16, 24, 40
+CHANNELS = 2 * HEADS * KEY + VALUE_HEADS * VALUE
+
+
+class Step(nn.Module):
+    """One decode step of a gated delta-rule layer; each step can be replaced by keyword."""
+
+    def __init__(self, length=4, width=4, bias=False, **steps):
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+
+        def parameter(*shape, scale=1.0):
+            return nn.Parameter(scale * torch.randn(shape, generator=generator))
+
+        self.steps, self.length = steps, length
+        self.qkv = parameter(HIDDEN, CHANNELS, scale=HIDDEN**-0.5)
+        self.ab = parameter(HIDDEN, 2 * VALUE_HEADS, scale=HIDDEN**-0.5)
+        self.gate = parameter(HIDDEN, VALUE_HEADS * VALUE, scale=HIDDEN**-0.5)
+        self.weight = parameter(CHANNELS, 1, width)
+        self.bias = parameter(CHANNELS) if bias else None
+        self.A_log, self.dt_bias = parameter(VALUE_HEADS), parameter(VALUE_HEADS)
+        self.norm = parameter(VALUE)
+
+    def step(self, name, default):
+        return self.steps.get(name, default)
+
+    def forward(self, x, conv_state, state):
+        batch = x.shape[0]
+        token = (x @ self.qkv)[:, :, None]
+        joined = torch.cat([conv_state, token], dim=-1)
+        mixed = F.conv1d(joined, self.weight, self.bias, groups=CHANNELS)[:, :, -1:]
+        kept = self.step("keep", lambda v: v[:, :, -self.length :])(joined)
+        conv_state.copy_(kept)
+        mixed = self.step("activation", F.silu)(mixed).transpose(1, 2)
+        parts = torch.split(mixed, [HEADS * KEY, HEADS * KEY, VALUE_HEADS * VALUE], dim=-1)
+        q, k, v = self.step("order", lambda q, k, v: (q, k, v))(*parts)
+        q, k = (part.reshape(batch, 1, HEADS, KEY) for part in (q, k))
+        v = v.reshape(batch, 1, VALUE_HEADS, VALUE)
+        q, k = (part.repeat_interleave(VALUE_HEADS // HEADS, dim=2) for part in (q, k))
+        a, b = (x @ self.ab)[:, None].chunk(2, dim=-1)
+        beta = self.step("beta", torch.sigmoid)(b)
+        g = self.step("decay", self.decay)(a, self.A_log, self.dt_bias)
+        out, new_state = delta_rule(q, k, v, g, beta, state, KEY**-0.5, 1e-6)
+        self.step("write", lambda s, n: s.copy_(n))(state, new_state)
+        z = (x @ self.gate).reshape(-1, VALUE)
+        out = self.step("normalise", self.normalise)(out.reshape(-1, VALUE), self.norm, z)
+        extra = self.step("extra", None)
+        result = out.reshape(batch, -1)
+        return (result, extra(conv_state, state, mixed)) if extra else result
+
+    @staticmethod
+    def decay(a, A_log, dt_bias):
+        return -A_log.float().exp() * F.softplus(a.float() + dt_bias)
+
+    @staticmethod
+    def normalise(x, weight, z):
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return (weight * wide * F.silu(z.float())).to(x.dtype)
+
+
+def run(batch=2, steps=3, **knobs):
+    """Three steps eagerly and through the backend; outputs and both states must agree."""
+    model = Step(**knobs).eval()
+    torch.manual_seed(9)
+    initial = [
+        torch.randn(batch, CHANNELS, model.length),
+        torch.randn(batch, VALUE_HEADS, KEY, VALUE),
+    ]
+    expected, found = copy.deepcopy(initial), copy.deepcopy(initial)
+    graphs = []
+    for _ in range(steps):
+        x = torch.randn(batch, HIDDEN)
+        with torch.no_grad():
+            wanted = model(x, *expected)
+        got, report = capture(model, x, *found, graphs=graphs)
+        leaves = torch.utils._pytree.tree_leaves
+        for left, right in zip(leaves((got, found)), leaves((wanted, expected)), strict=True):
+            assert relative_error(left, right) < 2e-6
+    (site,) = report.matched
+    assert not report.refused
+    return site
+
+
+def normalise_with(activation=F.silu, weight=lambda w: w, eps=1e-5):
+    def normalise(x, w, z):
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        return (weight(w) * wide * activation(z.float())).to(x.dtype)
+
+    return normalise
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("length, width", [(4, 4), (3, 4), (6, 3)])
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_a_whole_step_is_fused(batch, length, width, bias):
+    site = run(batch, length=length, width=width, bias=bias)
+    assert site.rewrite == "delta_rule.decode"
+    assert site.detail.endswith("updated in place, gates, gated norm")
+
+
+GATES = {
+    "twice the sigmoid": {"beta": lambda b: 2 * torch.sigmoid(b)},
+    "softplus spelled out": {
+        "decay": lambda a, A, t: -torch.exp(A) * torch.log1p(torch.exp(a + t))
+    },
+    "operands swapped": {"decay": lambda a, A, t: F.softplus(t + a) * -A.exp()},
+}
+OTHER_GATES = {
+    "decay halved": {"decay": lambda a, A, t: -0.5 * A.exp() * F.softplus(a + t)},
+    "decay by sigmoid": {"decay": lambda a, A, t: -A.exp() * torch.sigmoid(a + t)},
+    "decay without bias": {"decay": lambda a, A, t: -A.exp() * F.softplus(a) - 0 * t},
+    "decay with roles swapped": {"decay": lambda a, A, t: -A.exp() * F.softplus(a * t)},
+    "three times the sigmoid": {"beta": lambda b: 3 * torch.sigmoid(b)},
+    "beta by tanh": {"beta": torch.tanh},
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_spelling_of_the_gates_is_fused(name):
+    assert "gates, gated norm" in run(**GATES[name]).detail
+
+
+@pytest.mark.parametrize("name", OTHER_GATES)
+def test_other_gates_stay_with_inductor(name):
+    site = run(**OTHER_GATES[name])
+    assert site.rewrite == "delta_rule.decode"
+    assert "gates left to Inductor" in site.detail
+
+
+NORMS = {
+    "another eps": normalise_with(eps=3e-6),
+    "sigmoid": normalise_with(activation=torch.sigmoid),
+}
+OTHER_NORMS = {
+    "weight plus one": normalise_with(weight=lambda w: 1 + w),
+    "gelu": normalise_with(activation=F.gelu),
+    "norm after the gate": lambda x, w, z: F.rms_norm(x * F.silu(z), (VALUE,), w, 1e-5),
+    "mean removed": lambda x, w, z: F.layer_norm(x, (VALUE,), w, None, 1e-5) * F.silu(z),
+    "no gate": lambda x, w, z: F.rms_norm(x, (VALUE,), w, 1e-5) + 0 * z,
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_norm_with_another_constant_is_fused(name):
+    assert run(normalise=NORMS[name]).detail.endswith("gated norm")
+
+
+@pytest.mark.parametrize("name", OTHER_NORMS)
+def test_another_norm_stays_with_inductor(name):
+    site = run(normalise=OTHER_NORMS[name])
+    assert site.rewrite == "delta_rule.decode"
+    assert site.detail.endswith("norm left to Inductor")
+
+
+NOT_A_STEP = {
+    "gelu after the convolution": {"activation": F.gelu},
+    "no activation": {"activation": lambda v: v},
+    "silu twice": {"activation": lambda v: F.silu(F.silu(v))},
+    "the oldest inputs are kept": {"keep": lambda v: v[:, :, :4]},
+    "inputs kept in reverse": {"keep": lambda v: v[:, :, -4:].flip(-1)},
+    "inputs kept scaled": {"keep": lambda v: 0.5 * v[:, :, -4:]},
+    "keys before queries": {"order": lambda q, k, v: (k, q, v)},
+    "state written scaled": {"write": lambda s, n: s.copy_(0.5 * n)},
+    "state not written": {"write": lambda s, n: None},
+    "old convolution state used later": {"extra": lambda c, s, m: c.sum()},
+    "new state used later": {"extra": lambda c, s, m: s.sum()},
+    "convolved rows used later": {"extra": lambda c, s, m: m.sum()},
+}
+
+
+@pytest.mark.parametrize("name", NOT_A_STEP)
+def test_a_near_miss_keeps_the_rule_alone(name):
+    site = run(**NOT_A_STEP[name])
+    assert site.rewrite == "delta_rule.called"
