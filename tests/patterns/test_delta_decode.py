@@ -1,4 +1,4 @@
-"""The fused decode step: what is recognised around the rule, what is not, and exact states always."""
+"""The fused decode step: what is recognised around the rule, what is not; states always exact."""
 
 from __future__ import annotations
 
