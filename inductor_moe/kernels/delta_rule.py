@@ -11,8 +11,10 @@ from inductor_moe.kernels.delta_chunk_channel import delta_rule_chunk_channel
 from inductor_moe.kernels.delta_recurrent import delta_rule_recurrent
 
 RECURRENT_TOKENS = 8
-CHUNK_WIDTHS = (64, 256)
-CHANNEL_CHUNK_WIDTHS = (64, 128)
+# Head dims at which the chunked kernels have been right on a GPU. Other rows, which keep the
+# serial kernel's loads from being vectors, were wrong on an H100 under Triton 3.6.
+CHUNK_WIDTHS = (64, 128, 256)
+CHANNEL_CHUNK_WIDTHS = (128,)
 # Triton's alignment hint: a stride it cannot assume a multiple of this ends vector loads
 ALIGNED = 16
 
@@ -89,15 +91,15 @@ def delta_rule(
 
     Every branch serves every length; tokens_hint, a typical length of one sequence, chooses the
     one to trace where T is symbolic. Without it a symbolic T takes the chunked kernels. Head dims
-    past the chunked kernels' registers (256; 128 for a decay per channel) go token by token.
+    other than CHUNK_WIDTHS (CHANNEL_CHUNK_WIDTHS for a decay per channel) go token by token.
     """
     tokens = q.shape[1]
     if tokens_hint is None and isinstance(tokens, int):
         sequences = 1 if cu_seqlens is None else max(1, cu_seqlens.shape[0] - 1)
         tokens_hint = (tokens + sequences - 1) // sequences
     arguments = (q, k, v, g, beta, state, scale, l2norm_eps, cu_seqlens)
-    widest = (CHANNEL_CHUNK_WIDTHS if g is not None and g.dim() == 4 else CHUNK_WIDTHS)[1]
+    widths = CHANNEL_CHUNK_WIDTHS if g is not None and g.dim() == 4 else CHUNK_WIDTHS
     few = tokens_hint is not None and tokens_hint <= RECURRENT_TOKENS
-    if few or q.shape[3] > widest:
+    if few or q.shape[3] not in widths or v.shape[3] not in widths:
         return delta_rule_recurrent(*arguments)
     return delta_rule_padded(*arguments)
