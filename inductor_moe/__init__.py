@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from inductor_moe.aoti.packaging import aoti_compile_and_package, inductor_configs
     from inductor_moe.explanation import explain
     from inductor_moe.report import Report, Site, reports
 
@@ -16,13 +17,23 @@ __version__ = "0.1.0"
 
 # Resolved on first use, so that importing the package costs nothing.
 _HOME = {
+    "aoti_compile_and_package": "inductor_moe.aoti.packaging",
+    "inductor_configs": "inductor_moe.aoti.packaging",
     "Report": "inductor_moe.report",
     "Site": "inductor_moe.report",
     "explain": "inductor_moe.explanation",
     "reports": "inductor_moe.report",
 }
 
-__all__ = ["Report", "Site", "__version__", "explain", "reports"]
+__all__ = [
+    "Report",
+    "Site",
+    "__version__",
+    "aoti_compile_and_package",
+    "explain",
+    "inductor_configs",
+    "reports",
+]
 
 
 def __getattr__(name: str) -> Any:

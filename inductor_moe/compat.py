@@ -37,6 +37,19 @@ def compile_fx(
     return compiled  # type: ignore[no-any-return]
 
 
+def aoti_compile_and_package(
+    exported_program: Any, package_path: Any, config_patches: Mapping[str, Any]
+) -> str:
+    """PyTorch's packaging, with config patches."""
+    import torch._inductor as module
+
+    path = None if package_path is None else os.fspath(package_path)
+    with keep_bmm():
+        return module.aoti_compile_and_package(
+            exported_program, package_path=path, inductor_configs=dict(config_patches)
+        )
+
+
 def inductor_config(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
     """Inductor's validated config patches for a mode and options, as torch.compile makes them."""
     wrapper: Any = torch._TorchCompileInductorWrapper

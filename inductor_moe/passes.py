@@ -46,6 +46,10 @@ class FusionPass(compat.graph_pass_base()):  # type: ignore[misc]
         with self._lock:
             self.reports.append(Report(sites=tuple(sites)))
 
+    def __deepcopy__(self, memo: Any) -> FusionPass:
+        # AOTInductor copies its config patches; the reports must come back to the caller's pass.
+        return self
+
     def uuid(self) -> Any:
         """Changes with our sources and options; None, so no caching, if a user's pass has none."""
         user = [getattr(user_pass, "uuid", lambda: None)() for user_pass in self.user_passes]

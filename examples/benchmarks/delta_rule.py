@@ -195,9 +195,7 @@ def check_trace(gate: str, tokens: int) -> None:
     tensors = [arguments[name] for name in names]
     graph = make_fx(call, tracing_mode="symbolic")(*tensors)
     launches = sum("triton_kernel" in str(node.target) for node in graph.graph.nodes)
-    same = all(
-        torch.equal(x, y) for x, y in zip(graph(*tensors), call(*tensors), strict=True)
-    )
+    same = all(torch.equal(x, y) for x, y in zip(graph(*tensors), call(*tensors), strict=True))
     print(f"trace {gate} {tokens}: {launches} launches, equal {same}", flush=True)
 
 

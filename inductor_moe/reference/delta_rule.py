@@ -353,9 +353,7 @@ def delta_decode_functional(
     keys_total = (qkv.shape[1] - value_heads * value_width) // 2
     q, k, v = mixed.to(dtype).split([keys_total, keys_total, value_heads * value_width], -1)
     q, k = (x.reshape(batch, 1, -1, key_width) for x in (q, k))
-    log_decay, beta = decode_gates(
-        a, b, A_log, dt_bias, gate, gate_lower_bound, beta_scale, dtype
-    )
+    log_decay, beta = decode_gates(a, b, A_log, dt_bias, gate, gate_lower_bound, beta_scale, dtype)
     out, new_state = delta_rule_recurrent(
         q,
         k,

@@ -194,9 +194,9 @@ def test_launches_trace_with_a_symbolic_token_count(gate_dims, hint, launches):
         v = torch.empty(1, tokens, 4, 64, **half)
         g = torch.empty(1, tokens, 4, *([64] if gate_dims == 4 else []), device="cuda")
         beta = torch.empty(1, tokens, 4, device="cuda")
-        graph = make_fx(
-            lambda *tensors: delta_rule(*tensors, None, 0.1, 1e-6, tokens_hint=hint)
-        )(q, k, v, g, beta)
+        graph = make_fx(lambda *tensors: delta_rule(*tensors, None, 0.1, 1e-6, tokens_hint=hint))(
+            q, k, v, g, beta
+        )
     names = [str(node.target) for node in graph.graph.nodes]
     assert sum("triton_kernel_wrapper" in name for name in names) == launches
     assert not shapes.guards

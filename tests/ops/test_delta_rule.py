@@ -310,9 +310,9 @@ def test_decode_slots_choose_rows_and_skip_padding():
     out = delta_decode(**given | {"slots": slots})
     assert (out[1] == 0).all()
     for row, slot in ((0, 4), (2, 0)):
-        one = {
-            name: given[name][row : row + 1] for name in ("qkv", "a", "b", "z")
-        } | {name: state[slot : slot + 1].clone() for name, state in before.items()}
+        one = {name: given[name][row : row + 1] for name in ("qkv", "a", "b", "z")} | {
+            name: state[slot : slot + 1].clone() for name, state in before.items()
+        }
         torch.testing.assert_close(delta_decode(**given | one)[0], out[row])
         for name in before:
             torch.testing.assert_close(given[name][slot], one[name][0])
