@@ -12,7 +12,6 @@ from inductor_moe import compat
 from inductor_moe import report as reporting
 from inductor_moe.backend import check_strict, make_pass
 from inductor_moe.config import parse
-from inductor_moe.passes import FusionPass
 
 
 def inductor_configs(options: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -49,7 +48,7 @@ def aoti_compile_and_package(
     return path
 
 
-def _configs(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], FusionPass, Any]:
+def _configs(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], Any, Any]:
     ours, inductor = parse(options)
     patches = compat.inductor_config(None, inductor)
     return patches, make_pass(ours, patches), ours
