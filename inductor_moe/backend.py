@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import warnings
@@ -192,7 +193,12 @@ def __getattr__(name: str) -> Any:
     # install what replaces functions during tracing. Importing this module alone stays cheap.
     if name != "inductor_moe":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _install_capture()
+    return _backend
+
+
+@functools.cache
+def _install_capture() -> None:
     from inductor_moe.capture import delta_rule
 
     delta_rule.install()
-    return _backend

@@ -75,7 +75,8 @@ def rewrite(graph: fx.Graph, options: Options) -> list[Site]:
             for anchor in list(form.anchors(graph))
             if anchor not in taken
         )
-    graph.eliminate_dead_code()
+        # What a rewrite replaced must not count as a user of what the next one reads.
+        graph.eliminate_dead_code()
     # One form's refusal says nothing where another form fused the same site.
     optional = {form.name for form in ALL if form.optional}
     return [

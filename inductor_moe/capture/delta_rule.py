@@ -128,7 +128,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Graphs traced from now on run the original bodies again."""
+    """Graphs traced from now on run the original bodies again, until install() is called."""
     global _enabled
     _enabled = False
 

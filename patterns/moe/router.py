@@ -93,22 +93,34 @@ def walk(topk: fx.Node) -> RouterSite:
     return RouterSite(logits, top_k, scoring, after != "as they are", weights, ids)
 
 
-SCORES = {
-    "softmax": lambda x: torch.softmax(x, -1),
-    "sigmoid": torch.sigmoid,
-    "logits": lambda x: x,
-}
+SCORES = {"softmax": lambda x: torch.softmax(x, -1), "sigmoid": torch.sigmoid}
 
 
 def _read_scores(scores: fx.Node) -> tuple[fx.Node, str]:
-    inputs = leaves(scores)
-    if len(inputs) != 1 or not same_sizes(sizes(inputs[0]), sizes(scores)):
-        raise Refusal("the scores are no function of the logits of their token alone")
+    """(logits, scoring); scores of no known formula are logits themselves."""
     values = probe(7, sizes(scores)[1], seed=11, scale=3.0)
-    for name, formula in SCORES.items():
-        if computes(scores, inputs, [values], formula):
-            return inputs[0], name
-    raise Refusal("the scores are no softmax or sigmoid of the logits")
+    for logits in _behind(scores):
+        for name, formula in SCORES.items():
+            if computes(scores, [logits], [values], formula):
+                return logits, name
+    return scores, "logits"
+
+
+def _behind(scores: fx.Node) -> list[fx.Node]:
+    """The nodes of the scores' shape that alone determine them, the farthest first."""
+    found, frontier = [], [scores]
+    while frontier:
+        node = frontier.pop(0)
+        for source in node.all_input_nodes:
+            if source not in found and _has_shape(source, sizes(scores)):
+                found.append(source)
+                if source not in leaves(scores):
+                    frontier.append(source)
+    return [node for node in reversed(found) if leaves(scores, stop=(node,)) == [node]]
+
+
+def _has_shape(node: fx.Node, shape: Any) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor) and same_sizes(sizes(node), shape)
 
 
 def _read_weights(chosen: fx.Node, top_k: int) -> tuple[fx.Node, str]:
