@@ -122,7 +122,9 @@ def test_an_unknown_router_is_left(route):
     assert "aten.topk.default" in targets
 
 
-@pytest.mark.parametrize("route", (tempered, used_twice, softmax_over_tokens), ids=lambda route: route.__name__)
+@pytest.mark.parametrize(
+    "route", (tempered, used_twice, softmax_over_tokens), ids=lambda route: route.__name__
+)
 def test_a_formula_around_a_known_router_keeps_its_value(route):
     run(route)
 
