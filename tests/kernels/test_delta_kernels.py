@@ -125,10 +125,10 @@ def chunked(gate):
 
 
 def dispatched(**arguments):
-    """The op as at head dims that go by chunks; the narrow ones of these tests do not."""
-    return (delta_rule if arguments["q"].shape[1] <= 8 else delta_rule_padded)(
-        **{"cu_seqlens": None} | arguments
-    )
+    """The op as at head dims that go by chunks, which the narrow ones of these tests do not."""
+    if arguments["q"].shape[1] <= 8:
+        return delta_rule(**arguments)
+    return delta_rule_padded(**{"cu_seqlens": None} | arguments)
 
 
 def low_precision(arguments):
@@ -153,7 +153,7 @@ def test_dispatch_is_as_exact_as_the_recurrence(tokens, gate):
     arguments = inputs(tokens, gate, batch=2)
     want = reference.delta_rule_recurrent(**widened(arguments))
     plain = reference.delta_rule_chunk(**arguments)
-    for function in {delta_rule, delta_rule if tokens <= 8 else delta_rule_padded}:
+    for function in (delta_rule, dispatched):
         for got, exact, other in zip(function(**arguments), want, plain, strict=True):
             assert error(got, exact) <= 2 * error(other, exact) + 1e-6
 
@@ -216,9 +216,7 @@ def test_unaligned_rows_are_copied(gate):
         flat = torch.zeros(arguments[name].numel() + 1)
         flat[1:] = arguments[name].flatten()
         shifted[name] = flat[1:].view(arguments[name].shape)
-    for got, want in zip(
-        delta_rule_padded(**shifted), delta_rule_padded(**arguments), strict=True
-    ):
+    for got, want in zip(dispatched(**shifted), dispatched(**arguments), strict=True):
         assert torch.equal(got, want)
 
 
