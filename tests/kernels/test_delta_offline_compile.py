@@ -190,9 +190,9 @@ def test_launches_trace_with_a_symbolic_token_count(gate_dims, hint, launches):
     tokens = fake.from_tensor(torch.empty(70), symbolic_context=context).shape[0]
     with fake:
         half = {"dtype": torch.bfloat16, "device": "cuda"}
-        q, k = (torch.empty(1, tokens, 2, 64, **half) for _ in range(2))
-        v = torch.empty(1, tokens, 4, 64, **half)
-        g = torch.empty(1, tokens, 4, *([64] if gate_dims == 4 else []), device="cuda")
+        q, k = (torch.empty(1, tokens, 2, 128, **half) for _ in range(2))
+        v = torch.empty(1, tokens, 4, 128, **half)
+        g = torch.empty(1, tokens, 4, *([128] if gate_dims == 4 else []), device="cuda")
         beta = torch.empty(1, tokens, 4, device="cuda")
         graph = make_fx(lambda *tensors: delta_rule(*tensors, None, 0.1, 1e-6, tokens_hint=hint))(
             q, k, v, g, beta
