@@ -20,11 +20,19 @@ from inductor_moe.patterns.moe.region import (
     masked,
     region_between,
 )
+from inductor_moe.patterns.moe.rows import (
+    SORTS,
+    floor_divided,
+    is_inverse,
+    non_negative,
+    pair_column,
+    repeated_rows,
+    sorts_ascending,
+)
 from inductor_moe.patterns.moe.site import ExpertsSite, Projection, replace_experts
 from inductor_moe.patterns.rewrite import Refusal, Rewrite
 from inductor_moe.patterns.walk import (
     aten,
-    flat_source,
     gather,
     is_call,
     is_float_cast,
@@ -36,7 +44,6 @@ from inductor_moe.patterns.walk import (
     peel_casts,
     prims,
     same,
-    same_sizes,
     sizes,
 )
 
@@ -116,10 +123,10 @@ class _Grouped:
         )
 
     def _read_sort(self) -> None:
-        sort = self.counted.args[0] if is_getitem(self.counted, 0, *_SORTS) else None
+        sort = self.counted.args[0] if is_getitem(self.counted, 0, *SORTS) else None
         if sort is None:
             raise Refusal(f"{self.counted} is not the sorted list of expert numbers")
-        if not _sorts_ascending(sort):
+        if not sorts_ascending(sort):
             raise Refusal(f"{sort.name} does not sort in ascending order along the pairs")
         self.sorted_ids = self.row_ids = self.counted
         self.ids = sort.args[0]
@@ -160,7 +167,7 @@ class _Grouped:
 
     def column(self, factor: Any, order: str) -> fx.Node | None:
         if order != "sorted":
-            return _pair_column(factor, order)
+            return pair_column(factor, order)
         found = gather(peel_casts(factor))
         if found is None or peel(found[1]) is not self.perm or len(sizes(found[0])) != 1:
             return None
@@ -171,17 +178,17 @@ class _Grouped:
         found = gather(node)
         if found is None:
             return None
-        token = _floor_divided(peel(found[1]))
+        token = floor_divided(peel(found[1]))
         if token is not None and peel(token[0]) is self.perm:
             return found[0], token[1]
         if peel(found[1]) is self.perm:
-            return _repeated_rows(found[0])
+            return repeated_rows(found[0])
         return None
 
     def unsort(self, _rows: fx.Node, node: fx.Node) -> bool:
         """Whether node gathers by the inverse of the sort's permutation."""
         found = gather(node)
-        return found is not None and _is_inverse(peel(found[1]), self.perm)
+        return found is not None and is_inverse(peel(found[1]), self.perm)
 
 
 class _Batched:
@@ -229,116 +236,13 @@ class _Batched:
         return node
 
     def column(self, factor: Any, order: str) -> fx.Node | None:
-        return _pair_column(factor, order)
+        return pair_column(factor, order)
 
     def token_rows(self, node: Any) -> tuple[fx.Node, int] | None:
-        return _repeated_rows(node)
+        return repeated_rows(node)
 
     def unsort(self, _rows: fx.Node, _node: fx.Node) -> bool:
         return False
-
-
-_SORTS = (aten.sort.default, aten.sort.stable)
-
-
-def _sorts_ascending(sort: fx.Node) -> bool:
-    dim, descending = -1, False
-    if sort.target is aten.sort.default:
-        dim, descending = (*sort.args[1:], *(-1, False)[len(sort.args) - 1 :])
-    else:
-        dim = sort.kwargs.get("dim", -1)
-        descending = sort.kwargs.get("descending", False)
-    return dim in (0, -1) and not descending
-
-
-def _floor_divided(node: Any) -> tuple[Any, int] | None:
-    """(dividend, K) of a floor division of non-negative numbers."""
-    if (
-        is_call(node, aten.div.Tensor_mode)
-        and node.kwargs.get("rounding_mode")
-        in (
-            "floor",
-            "trunc",
-        )
-    ) or is_call(node, aten.floor_divide.default):
-        divisor = node.args[1]
-    else:
-        return None
-    return (node.args[0], divisor) if isinstance(divisor, int) and divisor > 0 else None
-
-
-def _repeated_rows(node: Any) -> tuple[fx.Node, int] | None:
-    """(x, K) where node is x [T, H] with each row repeated K times, [T*K, H]."""
-    found = gather(node)
-    if found is not None:
-        token = _floor_divided(peel(found[1]))
-        if token is not None and _is_count(peel(token[0])):
-            return found[0], token[1]
-        return None
-    expand = flat_source(node)
-    if not is_call(expand, aten.expand.default) or len(sizes(expand)) != 3:
-        return None
-    tokens, top_k, hidden = sizes(expand)
-    if not isinstance(top_k, int) or not same_sizes(sizes(node), (tokens * top_k, hidden)):
-        return None
-    x = expand.args[0]
-    if not same_sizes(sizes(x), (tokens, 1, hidden)):
-        return None
-    while not same_sizes(sizes(x), (tokens, hidden)):
-        if not is_transparent(x):
-            return None
-        x = x.args[0]
-    return x, top_k
-
-
-def _is_count(node: Any) -> bool:
-    return (
-        is_call(node, prims.iota.default)
-        and node.kwargs.get("start") == 0
-        and node.kwargs.get("step") == 1
-    )
-
-
-def _is_inverse(node: Any, perm: Any) -> bool:
-    """Whether node is the inverse of a permutation: scattered positions, or its argsort."""
-    if is_call(node, aten.index_put.default, aten.index_put_.default):
-        indices, values = node.args[1], node.args[2]
-        accumulate = node.args[3] if len(node.args) > 3 else False
-        return (
-            len(indices) == 1
-            and peel(indices[0]) is perm
-            and _is_count(peel(values))
-            and not accumulate
-            and len(sizes(node)) == 1
-        )
-    if is_call(node, aten.scatter.src) and node.args[1] in (0, -1):
-        return peel(node.args[2]) is perm and _is_count(peel(node.args[3]))
-    return (
-        is_getitem(node, 1, *_SORTS)
-        and peel(node.args[0].args[0]) is perm
-        and _sorts_ascending(node.args[0])
-    )
-
-
-def _pair_column(factor: Any, order: str) -> fx.Node | None:
-    """Routing weights in pair order from a factor [S, 1] ("pairs") or [T, K, 1] ("tokens")."""
-    node = peel_casts(factor)
-    shape = sizes(factor)
-    if not shape or not same(shape[-1], 1) or len(shape) != (3 if order == "tokens" else 2):
-        return None
-    return node if isinstance(node, fx.Node) else None
-
-
-def _non_negative(ids: Any) -> bool:
-    """Whether expert numbers come from an op that gives none below zero."""
-    node = flat_source(ids)
-    if is_getitem(node, 1, aten.topk.default, *_SORTS) or is_call(node, aten.argmax.default):
-        return True
-    if is_call(node, aten.clamp_min.default, aten.clamp.default) and len(node.args) > 1:
-        return isinstance(node.args[1], int) and node.args[1] >= 0
-    if is_call(node, aten.clamp_max.default):
-        return isinstance(node.args[1], int) and node.args[1] >= 0 and _non_negative(node.args[0])
-    return False
 
 
 def _ups(block: _Grouped | _Batched) -> list[fx.Node]:
@@ -395,7 +299,7 @@ def _read(block: _Grouped | _Batched) -> ExpertsSite:
         h=h,
         output=combine.output,
         weights_on_input=input_weights is not None,
-        wrap_ids=isinstance(block, _Batched) and not _non_negative(block.ids),
+        wrap_ids=isinstance(block, _Batched) and not non_negative(block.ids),
     )
 
 
