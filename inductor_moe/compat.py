@@ -364,8 +364,3 @@ def size_hint(size: Any, fallback: int = 1024) -> int:
         return size
     hint = getattr(size.node, "hint", None)
     return fallback if hint is None else int(hint)
-
-
-def interpreting() -> bool:
-    """Whether Triton runs its interpreter in this process."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -9,7 +9,6 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +191,3 @@ def source_hash() -> str:
         digest.update(file.name.encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-PassFactory = Callable[[Options, Any], FusionPass]
