@@ -87,10 +87,11 @@ def unit_lower_inverse(
 def delta_chunk_intra_kernel(
     q, k,                   # [B, T, H, K]
     g, beta,                # [B, T, HV]; g absent without HAS_GATE
-    solve, attn,            # [B, HV, T, C]: (I + A)^-1 beta; scale * causal q k^T with decay
+    solve, attn,            # [B, HV, T, C]: (I + A)^-1 beta; SCALE * causal q k^T with decay
     rows,                   # [4, B, HV, T] fp32: factors of k's read, k's write, q's read; decay
     cu_seqlens,             # [N + 1] with VARLEN
-    levels, sequences, tokens, value_heads, rows_kind, scale, eps,
+    levels, sequences, tokens, value_heads, rows_kind,
+    SCALE: tl.constexpr, EPS: tl.constexpr,
     q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, beta_b, beta_t, beta_h,
     GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr,
     HAS_GATE: tl.constexpr, NORMALIZE: tl.constexpr, VARLEN: tl.constexpr,
@@ -124,10 +125,10 @@ def delta_chunk_intra_kernel(
         kk = tl.dot(key, turned, kk, input_precision=PRECISION)
         qk = tl.dot(query, turned, qk, input_precision=PRECISION)
     key_scale = tl.full([C], 1.0, tl.float32)
-    query_scale = key_scale * scale
+    query_scale = key_scale * SCALE
     if NORMALIZE:
-        key_scale = tl.rsqrt(key_norm + eps)
-        query_scale = tl.rsqrt(query_norm + eps) * scale
+        key_scale = tl.rsqrt(key_norm + EPS)
+        query_scale = tl.rsqrt(query_norm + EPS) * SCALE
     beta += batch * beta_b + head * beta_h + first * beta_t
     strength = tl.load(beta + row * beta_t, mask=inside, other=0.0).to(tl.float32)
 

@@ -35,16 +35,16 @@ from inductor_moe.kernels.delta_launch import (
 
 @triton.jit
 def inverse_norm(
-    x, inside, eps, K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr
+    x, inside, EPS: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
-    """1 / sqrt(sum(x * x) + eps) of the rows that x [C, 1] points to."""
+    """1 / sqrt(sum(x * x) + EPS) of the rows that x [C, 1] points to."""
     norm = tl.zeros([C], tl.float32)
     for block in range(0, K, BLOCK_K):
         dk = block + tl.arange(0, BLOCK_K)
         mask = inside[:, None] & (dk < K)[None, :]
         wide = tl.load(x + dk[None, :], mask=mask, other=0.0).to(tl.float32)
         norm += tl.sum(wide * wide, 1)
-    return tl.rsqrt(norm + eps)
+    return tl.rsqrt(norm + EPS)
 
 
 @triton.jit
@@ -87,11 +87,12 @@ def add_pairs(
 def delta_channel_intra_kernel(
     q, k,                   # [B, T, H, K]
     g, beta,                # [B, T, HV, K], [B, T, HV]
-    solve, attn,            # [B, HV, T, C]: (I + A)^-1 beta; scale * causal q k^T with decay
+    solve, attn,            # [B, HV, T, C]: (I + A)^-1 beta; SCALE * causal q k^T with decay
     q_read, k_read, k_write,  # [B, HV, T, K]: q, k decayed from the start, k to the end
     whole,                  # [B, HV, slots, K] fp32: decay of the whole chunk
     cu_seqlens,             # [N + 1] with VARLEN
-    levels, sequences, tokens, slots, value_heads, scale, eps,
+    levels, sequences, tokens, slots, value_heads,
+    SCALE: tl.constexpr, EPS: tl.constexpr,
     q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, beta_b, beta_t, beta_h,
     GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr,
     NORMALIZE: tl.constexpr, VARLEN: tl.constexpr,
@@ -110,10 +111,10 @@ def delta_channel_intra_kernel(
     k += batch * k_b + (head // GROUP) * k_h + first * k_t + row[:, None] * k_t
     g += batch * g_b + head * g_h + first * g_t + row[:, None] * g_t
     key_scale = tl.full([C], 1.0, tl.float32)
-    query_scale = key_scale * scale
+    query_scale = key_scale * SCALE
     if NORMALIZE:
-        key_scale = inverse_norm(k, inside, eps, K, BLOCK_K, C)
-        query_scale *= inverse_norm(q, inside, eps, K, BLOCK_K, C)
+        key_scale = inverse_norm(k, inside, EPS, K, BLOCK_K, C)
+        query_scale *= inverse_norm(q, inside, EPS, K, BLOCK_K, C)
 
     plane = batch * value_heads + head
     q_read += (plane * tokens + first) * K

@@ -86,7 +86,9 @@ def delta_decode_kernel(
     z, norm_weight,         # [B, HV, V], [V] with NORM
     out,                    # [B, HV, V]
     slots,                  # [B] with SLOTS
-    heads, scale, eps, norm_eps, gate_lower_bound, beta_scale,
+    heads,
+    SCALE: tl.constexpr, EPS: tl.constexpr, NORM_EPS: tl.constexpr,
+    GATE_LOWER_BOUND: tl.constexpr, BETA_SCALE: tl.constexpr,
     qkv_b, conv_b, conv_c, conv_l, weight_c, weight_w,
     a_b, a_h, a_k, b_b, b_h, A_h, dt_h, dt_k,
     state_b, state_h, state_k, z_b, z_h, out_b, out_h,
@@ -151,8 +153,8 @@ def delta_decode_kernel(
         if SOFTPLUS:
             decay = -rate * softplus(decay)
         else:
-            decay = gate_lower_bound * tl.sigmoid(rate * decay)
-        strength = tl.sigmoid(strength) * beta_scale
+            decay = GATE_LOWER_BOUND * tl.sigmoid(rate * decay)
+        strength = tl.sigmoid(strength) * BETA_SCALE
     decay = tl.exp(decay)
     if PER_CHANNEL and ONE_HEAD:
         decay = decay[:, None]
@@ -182,9 +184,9 @@ def delta_decode_kernel(
     )  # fmt: skip
 
     if NORMALIZE:
-        query *= tl.rsqrt(tl.sum(query * query) + eps)
-        key *= tl.rsqrt(tl.sum(key * key) + eps)
-    query *= scale
+        query *= tl.rsqrt(tl.sum(query * query) + EPS)
+        key *= tl.rsqrt(tl.sum(key * key) + EPS)
+    query *= SCALE
     current *= decay
     # both reads of the decayed state together: S^T q after the write is S^T q + (k . q) d
     delta = (value - tl.sum(current * key[:, None], 0)) * strength
@@ -193,7 +195,7 @@ def delta_decode_kernel(
     tl.store(state, current.to(state.dtype.element_ty), mask=in_state)
     if NORM:
         HEADS: tl.constexpr = BLOCK_V // V
-        square = tl.sum(tl.reshape(result * result, (HEADS, V)), 1) / V + norm_eps
+        square = tl.sum(tl.reshape(result * result, (HEADS, V)), 1) / V + NORM_EPS
         square = tl.broadcast_to(tl.rsqrt(square)[:, None], (HEADS, V))
         result *= tl.reshape(square, (BLOCK_V,)) * amplify
     tl.store(out, result.to(out.dtype.element_ty), mask=inside)
@@ -209,7 +211,8 @@ def delta_decode_tail_kernel(
     x, out,                 # [B, HV, V] with NORM; x fp32
     z, norm_weight,         # [B, HV, V], [V] with NORM
     slots,                  # [B] with SLOTS
-    channels, norm_eps,
+    channels,
+    NORM_EPS: tl.constexpr,
     qkv_b, conv_b, conv_c, conv_l, x_b, x_h, z_b, z_h, out_b, out_h,
     V: tl.constexpr, BLOCK_V: tl.constexpr, L: tl.constexpr, BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr, PACKED: tl.constexpr,
@@ -227,7 +230,7 @@ def delta_decode_tail_kernel(
         if GATED:
             gate = tl.load(z + batch * z_b + head * z_h + dv, mask=inside, other=0.0)
             amplify *= activated(gate, SILU)
-        result *= tl.rsqrt(tl.sum(result * result) / V + norm_eps) * amplify
+        result *= tl.rsqrt(tl.sum(result * result) / V + NORM_EPS) * amplify
         at = out + batch * out_b + head * out_h + dv
         tl.store(at, result.to(out.dtype.element_ty), mask=inside)
     slot = batch

@@ -18,7 +18,8 @@ def delta_recurrent_kernel(
     beta,                   # [B, T, HV]
     state, final,           # [N, HV, K, V]; state absent without HAS_STATE
     cu_seqlens,             # [N + 1] with VARLEN
-    tokens, scale, eps,
+    tokens,
+    SCALE: tl.constexpr, EPS: tl.constexpr,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, o_b, o_t, o_h,
     g_b, g_t, g_h, beta_b, beta_t, beta_h,
     state_b, state_h, state_k, final_b, final_h, final_k,
@@ -59,15 +60,15 @@ def delta_recurrent_kernel(
         value = tl.load(v + dv, mask=in_v, other=0.0).to(tl.float32)
         strength = tl.load(beta).to(tl.float32)
         if NORMALIZE:
-            query *= tl.rsqrt(tl.sum(query * query) + eps)
-            key *= tl.rsqrt(tl.sum(key * key) + eps)
+            query *= tl.rsqrt(tl.sum(query * query) + EPS)
+            key *= tl.rsqrt(tl.sum(key * key) + EPS)
         if GATE == 1:
             current *= tl.exp(tl.load(g).to(tl.float32))
         if GATE == 2:
             current *= tl.exp(tl.load(g + dk, mask=in_k, other=0.0).to(tl.float32))[:, None]
         delta = (value - tl.sum(current * key[:, None], 0)) * strength
         current += key[:, None] * delta[None, :]
-        out = tl.sum(current * query[:, None], 0) * scale
+        out = tl.sum(current * query[:, None], 0) * SCALE
         tl.store(o + dv, out.to(o.dtype.element_ty), mask=in_v)
         q += q_t
         k += k_t

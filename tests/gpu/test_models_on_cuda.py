@@ -23,7 +23,8 @@ def on_gpu(family, dtype, experts):
 
 def kernels_of(compiled, *args, **kwargs):
     """The names of the kernels of one call."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.no_grad(), torch.profiler.profile(activities=activities) as profile:
         compiled(*args, **kwargs)
         torch.cuda.synchronize()
     return {event.key for event in profile.key_averages()}
