@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from inductor_moe import __version__
+from inductor_moe.bench import command as bench_command
 from inductor_moe.errors import InductorMoeError
 
 if TYPE_CHECKING:
@@ -220,6 +221,9 @@ def doctor() -> None:
                 console.print(f"         {'':<15} -> {escape(finding.remedy)}", soft_wrap=True)
     if failed:
         raise typer.Exit(WRONG)
+
+
+app.command(epilog=_examples(*bench_command.EXAMPLES))(bench_command.bench)
 
 
 @contextlib.contextmanager

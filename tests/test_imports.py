@@ -37,7 +37,10 @@ ROUTES = {
     ("report", "report_html"): "to_html()",
 }
 # Above the layers: what a user calls. No layer imports these, and they may import anything.
-SURFACE = {"__init__", "cli", "demo", "doctor", "explanation", "report_html", "targets", "testing"}
+SURFACE = {
+    "__init__", "bench", "cli", "demo", "doctor", "explanation", "report_html", "targets",
+    "testing",
+}  # fmt: skip
 
 PRIVATE = ("torch._", "functorch")
 COMPAT_ONLY = "private APIs of PyTorch are used in inductor_moe/compat.py alone"

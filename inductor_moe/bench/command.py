@@ -1,0 +1,111 @@
+"""The `bench` command. Nothing heavy is imported before it runs."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from inductor_moe.errors import InductorMoeError
+
+if TYPE_CHECKING:
+    from inductor_moe.bench.results import Results, Row
+
+WRONG, UNUSABLE = 1, 2
+EXAMPLES = (
+    "bench",
+    "bench moe-block delta-decode --against inductor,fla --json results.json",
+    "bench moe-experts --model mixtral-8x7b --sizes 1,16,1024 --plot roofline.png",
+    "bench --show results.json",
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+def bench(
+    ops: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[OP]...",
+            help="moe-block, moe-experts, delta-prefill, delta-decode; all of them if none.",
+        ),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="A model whose layers to time; again for more. [qwen3.5-35b-a3b]"),
+    ] = None,
+    against: Annotated[
+        str, typer.Option(help="Other providers, of inductor, eager and fla; comma-separated.")
+    ] = "inductor",
+    sizes: Annotated[
+        str, typer.Option(help="Tokens or batches, comma-separated; each op's own list if none.")
+    ] = "",
+    device: Annotated[
+        str | None, typer.Option(help="cuda, or cpu to try it; a GPU if there is one.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the rows here.", dir_okay=False)] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write a roofline picture here.", dir_okay=False)
+    ] = None,
+    show: Annotated[
+        Path | None,
+        typer.Option(help="Time nothing; show the rows of this file.", dir_okay=False),
+    ] = None,
+) -> None:
+    """Time layers of real models: this backend against other ways to run the same code.
+
+    On a GPU by CUDA graphs over rotating inputs, all kernels counted; a time is shown only if
+    the output agreed with float64. The exit status is 1 if a provider was wrong or failed.
+    """
+
+    def show_last(so_far: Results) -> None:
+        _print_row(so_far.rows[-1])
+        if json:
+            json.write_text(so_far.to_json())
+
+    # transformers' lru_caches and the fallbacks it announces are no news here.
+    warnings.filterwarnings("ignore", module=r"torch\._dynamo")
+    try:
+        from inductor_moe.bench import results, run
+        from inductor_moe.bench.plot import roofline
+
+        if show:
+            found = results.Results.load(show)
+        else:
+            console.print("[dim]op model size provider: microseconds, error (eager's)[/]")
+            with errors.status("measuring"):
+                found = run.run(
+                    ops or (),
+                    model or ("qwen3.5-35b-a3b",),
+                    [name for name in against.split(",") if name],
+                    _numbers(sizes),
+                    device,
+                    show_last,
+                )
+        for op, name in dict.fromkeys((row.op, row.model) for row in found.rows):
+            console.print(results.table(found.rows, op, name))
+        if plot:
+            roofline(found, plot)
+    except (InductorMoeError, OSError) as error:
+        errors.print(f"[bold red]inductor-moe:[/] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(UNUSABLE) from None
+    if any(row.error is not None and row.us is None for row in found.rows):
+        raise typer.Exit(WRONG)
+
+
+def _numbers(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise InductorMoeError(f"sizes: expected positive integers, got {text!r}")
+    return [int(part) for part in parts]
+
+
+def _print_row(row: Row) -> None:
+    what = f"{row.op} {row.model} {row.label()} {row.provider}:"
+    errors_text = "" if row.error is None else f", error {row.error:.1e} ({row.eager_error:.1e})"
+    time = "" if row.us is None else f" {row.us:.1f} us"
+    console.print(escape(f"{what}{time}{errors_text} {row.note}"), soft_wrap=True)

@@ -1,0 +1,128 @@
+"""What was measured, as rows; their JSON file and their table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from inductor_moe.bench.ceilings import Ceilings
+from inductor_moe.errors import InductorMoeError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider on one case.
+
+    us, iqr_us  median and interquartile range of one call, microseconds; None without a time
+    error       relative to float64, like eager_error; None if it never ran
+    compile_s   seconds of the first call, compilation included
+    of_ceiling  least possible time over `us`, by the larger of bytes and FLOPs
+    note        why there is no time
+    """
+
+    op: str
+    model: str
+    size: dict[str, int]
+    provider: str
+    us: float | None = None
+    iqr_us: float | None = None
+    error: float | None = None
+    eager_error: float | None = None
+    compile_s: float | None = None
+    bytes: float = 0.0
+    flops: float = 0.0
+    of_ceiling: float | None = None
+    note: str = ""
+
+    def label(self) -> str:
+        return " ".join(f"{value}" for value in self.size.values())
+
+
+@dataclass(frozen=True)
+class Results:
+    """The rows of one run on one machine."""
+
+    gpu: str
+    versions: dict[str, str]
+    commit: str
+    command: str
+    ceilings: Ceilings
+    rows: tuple[Row, ...]
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n"
+
+    @staticmethod
+    def load(path: Path) -> Results:
+        """Raises InductorMoeError for a file that is not such JSON."""
+        try:
+            held: dict[str, Any] = json.loads(path.read_text())
+            found = held.pop("format")
+            rows = tuple(Row(**row) for row in held.pop("rows"))
+            ceilings = Ceilings(**held.pop("ceilings"))
+            if found != FORMAT:
+                raise InductorMoeError(f"{path}: format {found}, expected {FORMAT}")
+            return Results(ceilings=ceilings, rows=rows, **held)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InductorMoeError(f"{path}: not the JSON of a benchmark: {error}") from error
+
+
+def versions() -> dict[str, str]:
+    import importlib.metadata as metadata
+
+    names = ("torch", "triton", "transformers", "inductor-moe", "flash-linear-attention")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {**found, "torch": torch.__version__}
+
+
+def commit() -> str:
+    """The commit of the source tree this package lies in, or "" outside one."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def table(rows: list[Row] | tuple[Row, ...], op: str, model: str) -> Table:
+    """One op of one model: a line per size, the times of every provider side by side."""
+    chosen = [row for row in rows if (row.op, row.model) == (op, model)]
+    providers = list(dict.fromkeys(row.provider for row in chosen if row.us))
+    view = Table(title=f"{op}, {model}: microseconds a call")
+    view.add_column(next(iter(chosen[0].size)), justify="right")
+    for provider in providers:
+        view.add_column(provider, justify="right")
+        if provider == "ours":
+            view.add_column("of ceiling", justify="right")
+        elif "ours" in providers:
+            view.add_column("ours is", justify="right")
+    for label in dict.fromkeys(row.label() for row in chosen):
+        line = {row.provider: row for row in chosen if row.label() == label}
+        cells = [label]
+        for provider in providers:
+            row = line.get(provider)
+            cells.append(f"{row.us:.1f}" if row and row.us else "-")
+            ours = line.get("ours")
+            if provider == "ours":
+                share = row.of_ceiling if row else None
+                cells.append(f"{share:.0%}" if share else "-")
+            elif "ours" in providers:
+                both = row and row.us and ours and ours.us
+                cells.append(f"{row.us / ours.us:.2f}x" if both else "-")  # type: ignore[operator, union-attr]
+        view.add_row(*cells)
+    return view
