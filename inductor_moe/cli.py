@@ -224,6 +224,7 @@ def doctor() -> None:
 
 
 app.command(epilog=_examples(*bench_command.EXAMPLES))(bench_command.bench)
+app.command(epilog=_examples(*bench_command.TUNE_EXAMPLES))(bench_command.tune)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from inductor_moe.config import Options
 from inductor_moe.errors import RewriteFailedWarning, StrictError
 from inductor_moe.patterns import ALL, Refusal, Rewrite
 from inductor_moe.report import Report, Site
+from inductor_moe.tiles import user_folder
 
 log = logging.getLogger("inductor_moe")
 
@@ -180,7 +181,7 @@ def source_hash() -> str:
     """A hash of every file that decides what a compile yields, tuned tables included."""
     from inductor_moe import kernels, ops, patterns, reference
 
-    roots = {Path(__file__).parent}
+    roots = {Path(__file__).parent, user_folder()}
     for package in (patterns, lowerings, kernels, ops, reference):
         roots |= {Path(path) for path in package.__path__}
     files = sorted(

@@ -1,8 +1,8 @@
 """Which kernels and tiles an expert layer gets: a table per GPU, or a rule where there is none.
 
-Nothing is measured at run time. A table is `lowerings/configs/<gpu>.json`, made by
-`examples/benchmarks/moe_experts.py`; a layer it holds takes the entry with the nearest number of
-tokens, up to four times away, any other layer the rule.
+Nothing is measured at run time. A table is `lowerings/configs/<gpu>.json`, or the user's own
+made by `inductor-moe tune`, which goes first; a layer it holds takes the entry with the nearest
+number of tokens, up to four times away, any other layer the rule.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import functools
 import json
 import logging
 import math
+import os
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from inductor_moe.errors import InductorMoeError
 
 log = logging.getLogger(__name__)
 
@@ -125,35 +128,54 @@ def choose_plan(layer: Experts, tokens: int, gpu: Gpu | None) -> Plan:
     return plans[nearest] if distance <= 2 else plan_by_rule(layer, tokens, gpu)
 
 
-def table_path(gpu_name: str) -> Path:
-    """Where the table of a GPU lies: beside the installed package, or in a source tree."""
-    slug = re.sub(r"[^a-z0-9]+", "_", gpu_name.lower()).strip("_")
+def table_name(gpu_name: str) -> str:
+    """The name of a GPU's file in a folder of tables."""
+    return re.sub(r"[^a-z0-9]+", "_", gpu_name.lower()).strip("_") + ".json"
+
+
+def shipped_folder() -> Path:
+    """The package's tables: beside the installed modules, or in a source tree."""
     package = Path(__file__).parent
     installed = package / "lowerings" / "configs"
-    folder = installed if installed.is_dir() else package.parent / "lowerings" / "configs"
-    return folder / f"{slug}.json"
+    return installed if installed.is_dir() else package.parent / "lowerings" / "configs"
+
+
+def user_folder() -> Path:
+    """The user's own tables: $INDUCTOR_MOE_CONFIGS, or a folder in the user's cache."""
+    chosen = os.environ.get("INDUCTOR_MOE_CONFIGS")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(chosen) if chosen else cache / "inductor_moe" / "configs"
 
 
 @functools.cache
 def load_table(gpu_name: str) -> dict[Experts, dict[int, Plan]] | None:
-    """layer -> tokens -> plan, or None if the GPU has no table."""
-    path = table_path(gpu_name)
-    if not path.is_file():
+    """layer -> tokens -> plan, or None if the GPU has no table; the user's layers go first."""
+    paths = [folder / table_name(gpu_name) for folder in (shipped_folder(), user_folder())]
+    tables = [read_table(path) for path in paths if path.is_file()]
+    if not tables:
         return None
-    table = json.loads(path.read_text())
-    return {
-        Experts(**entry["layer"]): {
-            int(tokens): Plan.from_json(plan) for tokens, plan in entry["plans"].items()
+    return {layer: plans for table in tables for layer, plans in table.items()}
+
+
+def read_table(path: Path) -> dict[Experts, dict[int, Plan]]:
+    """layer -> tokens -> plan of a file. Raises InductorMoeError if it is no such file."""
+    try:
+        return {
+            Experts(**entry["layer"]): {
+                int(tokens): Plan.from_json(plan) for tokens, plan in entry["plans"].items()
+            }
+            for entry in json.loads(path.read_text())["layers"]
         }
-        for entry in table["layers"]
-    }
+    except (ValueError, KeyError, TypeError) as error:
+        raise InductorMoeError(
+            f"{path}: not a table of tiles ({error!r}); delete it and run `inductor-moe tune`"
+        ) from error
 
 
 @functools.cache
 def _warn_no_table(gpu_name: str) -> None:
     log.warning(
-        "no tuned expert tiles for %s; using the built-in rule. "
-        "`examples/benchmarks/moe_experts.py tune` makes a table.",
+        "no tuned expert tiles for %s: the built-in rule it is. `inductor-moe tune` makes them.",
         gpu_name,
     )
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "aoti": {"backend"},
     "backend": {"passes", "capture"},
-    "passes": {"capture", "patterns", "lowerings"},
+    "passes": {"capture", "patterns", "lowerings", "tiles"},
     "capture": {"backend", "ops"},
     "patterns": {"ops"},
     "lowerings": {"ops", "kernels"},

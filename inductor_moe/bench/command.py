@@ -1,4 +1,4 @@
-"""The `bench` command. Nothing heavy is imported before it runs."""
+"""The `bench` and `tune` commands. Nothing heavy is imported before they run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from inductor_moe.errors import InductorMoeError
 
 if TYPE_CHECKING:
     from inductor_moe.bench.results import Results, Row
+    from inductor_moe.bench.tune import Progress
 
 WRONG, UNUSABLE = 1, 2
 EXAMPLES = (
@@ -21,6 +22,11 @@ EXAMPLES = (
     "bench moe-block delta-decode --against inductor,fla --json results.json",
     "bench moe-experts --model mixtral-8x7b --sizes 1,16,1024 --plot roofline.png",
     "bench --show results.json",
+)
+TUNE_EXAMPLES = (
+    "tune",
+    "tune --model mixtral-8x7b --sizes 1,64,4096",
+    "tune --budget 600 --again",
 )
 console = Console()
 errors = Console(stderr=True)
@@ -95,6 +101,53 @@ def bench(
         raise typer.Exit(UNUSABLE) from None
     if any(row.error is not None and row.us is None for row in found.rows):
         raise typer.Exit(WRONG)
+
+
+def tune(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="A model whose experts to tune; again for more. [qwen3.5-35b-a3b]"),
+    ] = None,
+    sizes: Annotated[
+        str, typer.Option(help="Numbers of tokens, comma-separated; 1 to 16384 if none.")
+    ] = "",
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Where the table goes; your own folder if none.", file_okay=False),
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(min=0, help="Begin no new size after this many seconds.")
+    ] = float("inf"),
+    again: Annotated[
+        bool, typer.Option("--again", help="Repeat sizes that the table already has.")
+    ] = False,
+) -> None:
+    """Find the fastest tiles of a model's experts on this GPU and keep them in a table.
+
+    Every candidate's numbers are checked before it is timed. An interrupted run goes on where it
+    stopped. Compiles use the table from then on.
+    """
+
+    def show(progress: Progress) -> None:
+        wrong = f", {progress.wrong} wrong" if progress.wrong else ""
+        text = (
+            f"{progress.model} {progress.tokens} tokens: {progress.us:.1f} us, "
+            f"best of {progress.tried} plans{wrong}"
+        )
+        console.print(escape(text), soft_wrap=True)
+
+    try:
+        from inductor_moe.bench import tune as job
+
+        with errors.status("tuning"):
+            path = job.tune(
+                model or ("qwen3.5-35b-a3b",), _numbers(sizes) or job.TOKENS, folder, budget,
+                again, show,
+            )  # fmt: skip
+        console.print(f"table: {escape(str(path))}", soft_wrap=True)
+    except (InductorMoeError, OSError) as error:
+        errors.print(f"[bold red]inductor-moe:[/] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(UNUSABLE) from None
 
 
 def _numbers(text: str) -> list[int]:
