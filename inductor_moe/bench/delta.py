@@ -120,14 +120,16 @@ def prefill_cases(model: str, device: str, sizes: list[int]) -> Iterator[Case]:
 
 
 class _Part(nn.Module):
-    """A projection whose result is given: columns of the layer's input."""
+    """A projection whose result is given: a stretch of the layer's input, dense as a GEMM's."""
 
     def __init__(self, start: int, width: int) -> None:
         super().__init__()
         self.start, self.width = start, width
 
     def forward(self, x: Tensor) -> Tensor:
-        return x[..., self.start : self.start + self.width]
+        rows = x.shape[0] * x.shape[1]
+        given = x.flatten()[rows * self.start : rows * (self.start + self.width)]
+        return given.view(*x.shape[:2], self.width)
 
 
 def decode_layer(shape: Delta, device: str) -> tuple[nn.Module, Any, int]:
