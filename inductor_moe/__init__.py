@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from inductor_moe.aoti.packaging import aoti_compile_and_package, inductor_configs
     from inductor_moe.explanation import explain
+    from inductor_moe.quant.checkpoint import load_quantized, save_quantized
+    from inductor_moe.quant.quantize import Quantization, quantize_, randomize_
     from inductor_moe.report import Report, Site, reports
 
 __version__ = "0.1.0"
@@ -19,20 +21,30 @@ __version__ = "0.1.0"
 _HOME = {
     "aoti_compile_and_package": "inductor_moe.aoti.packaging",
     "inductor_configs": "inductor_moe.aoti.packaging",
+    "Quantization": "inductor_moe.quant.quantize",
     "Report": "inductor_moe.report",
     "Site": "inductor_moe.report",
     "explain": "inductor_moe.explanation",
+    "load_quantized": "inductor_moe.quant.checkpoint",
+    "quantize_": "inductor_moe.quant.quantize",
+    "randomize_": "inductor_moe.quant.quantize",
+    "save_quantized": "inductor_moe.quant.checkpoint",
     "reports": "inductor_moe.report",
 }
 
 __all__ = [
+    "Quantization",
     "Report",
     "Site",
     "__version__",
     "aoti_compile_and_package",
     "explain",
     "inductor_configs",
+    "load_quantized",
+    "quantize_",
+    "randomize_",
     "reports",
+    "save_quantized",
 ]
 
 

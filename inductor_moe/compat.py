@@ -32,7 +32,7 @@ def compile_fx(
     options: dict[str, Any] = {"config_patches": dict(config_patches)}
     if inner_compile is not None:
         options["inner_compile"] = inner_compile
-    with keep_bmm():
+    with keep_matmuls(gm.graph):
         compiled: Any = module.compile_fx(gm, example_inputs, **options)
     return compiled  # type: ignore[no-any-return]
 
@@ -44,7 +44,7 @@ def aoti_compile_and_package(
     import torch._inductor as module
 
     path = None if package_path is None else os.fspath(package_path)
-    with keep_bmm():
+    with keep_matmuls(exported_program.graph):
         return module.aoti_compile_and_package(
             exported_program, package_path=path, inductor_configs=dict(config_patches)
         )
@@ -71,44 +71,56 @@ def reset_cudagraphs() -> None:
         reset_cudagraph_trees()
 
 
-_keeping_bmm = threading.local()
+_kept = threading.local()
 
 
 @contextlib.contextmanager
-def keep_bmm() -> Iterator[None]:
-    """Within the block, in this thread, bmm stays bmm under coordinate descent tuning.
+def keep_matmuls(graph: fx.Graph) -> Iterator[None]:
+    """Within the block, in this thread, coordinate descent tuning leaves matmuls that we match.
 
-    That setting (part of mode="max-autotune") makes Inductor decompose a bmm by a vector into a
-    product and a sum before any graph pass runs, which hides the experts' gathered matmuls. A
-    decomposition table of our own would say so directly, but it bypasses Inductor's caches.
+    That setting (part of mode="max-autotune") makes Inductor decompose a product with a vector
+    into a multiplication and a sum before any graph pass runs: a bmm, which hides the experts'
+    gathered matmuls, and an mm, kept only where the graph has packed weights. A decomposition
+    table of our own would say so directly, but it bypasses Inductor's caches.
     """
-    _wrap_bmm_decomposition()
-    _keeping_bmm.depth = getattr(_keeping_bmm, "depth", 0) + 1
+    aten = torch.ops.aten
+    _wrap_decompositions()
+    before = getattr(_kept, "ops", ())
+    packed = any("inductor_moe.dequantize" in str(node.target) for node in graph.nodes)
+    linear = (aten.mm.default, aten.addmm.default) if packed else ()
+    _kept.ops = (*before, aten.bmm.default, *linear)
     try:
         yield
     finally:
-        _keeping_bmm.depth -= 1
+        _kept.ops = before
 
 
 @functools.cache
-def _wrap_bmm_decomposition() -> None:
-    from torch._inductor import config, decomposition
+def _wrap_decompositions() -> None:
+    from torch._inductor import decomposition
 
-    original = decomposition.decompositions.get(torch.ops.aten.bmm.default)
-    if original is None:
-        return
+    aten = torch.ops.aten
+    for op in (aten.bmm.default, aten.mm.default, aten.addmm.default):
+        original = decomposition.decompositions.get(op)
+        if original is not None:
+            decomposition.decompositions[op] = _unless_kept(op, original)
+    merged: Any = getattr(decomposition, "fast_random_decomps", None)
+    if hasattr(merged, "cache_clear"):
+        merged.cache_clear()
+
+
+def _unless_kept(op: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Inductor's decomposition, without coordinate descent tuning where the op is kept."""
+    from torch._inductor import config
 
     @functools.wraps(original)
-    def bmm(*args: Any, **kwargs: Any) -> Any:
-        if not getattr(_keeping_bmm, "depth", 0):
+    def decompose(*args: Any, **kwargs: Any) -> Any:
+        if op not in getattr(_kept, "ops", ()):
             return original(*args, **kwargs)
         with config.patch(coordinate_descent_tuning=False):
             return original(*args, **kwargs)
 
-    decomposition.decompositions[torch.ops.aten.bmm.default] = bmm
-    merged: Any = getattr(decomposition, "fast_random_decomps", None)
-    if hasattr(merged, "cache_clear"):
-        merged.cache_clear()
+    return decompose
 
 
 @functools.cache

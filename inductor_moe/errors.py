@@ -13,6 +13,10 @@ class StrictError(InductorMoeError, RuntimeError):
     """Raised under ``inductor_moe.strict`` where the default would only report."""
 
 
+class QuantizationError(InductorMoeError, ValueError):
+    """A model or a checkpoint that cannot be quantised, saved or loaded as asked."""
+
+
 class TrainingGraphWarning(UserWarning):
     """A graph traced with gradients was left to Inductor."""
 

@@ -11,7 +11,8 @@ import functools
 @functools.cache
 def install() -> None:
     """Register every lowering with Inductor. Idempotent."""
-    from inductor_moe.lowerings import delta_rule, moe
+    from inductor_moe.lowerings import delta_rule, moe, quant
 
     moe.register()
     delta_rule.register()
+    quant.register()

@@ -5,6 +5,7 @@ if __name__ == "patterns":
         "import inductor_moe.patterns, not patterns: the folder is part of the package"
     )
 
+from inductor_moe.patterns import quant
 from inductor_moe.patterns.delta_rule import decode, heads
 from inductor_moe.patterns.moe import dense, experts, router
 from inductor_moe.patterns.rewrite import Refusal, Rewrite
@@ -16,6 +17,7 @@ ALL: tuple[Rewrite, ...] = (
     router.ROUTER,
     decode.DECODE,
     heads.CALLED,
+    quant.LINEAR,
 )
 
 __all__ = ["ALL", "Refusal", "Rewrite"]

@@ -21,8 +21,10 @@ ALLOWED = {
     "capture": {"backend", "ops"},
     "patterns": {"ops"},
     "lowerings": {"ops", "kernels"},
-    "ops": {"reference", "kernels", "tiles"},
+    "ops": {"reference", "kernels", "tiles", "quant_tiles"},
+    "quant": {"ops", "reference"},
     "tiles": set(),
+    "quant_tiles": {"tiles"},
     "kernels": set(),
     "reference": set(),
 }

@@ -8,7 +8,13 @@ from typing import Any
 from torch import fx
 
 from inductor_moe.ops.moe import moe_down_combine, moe_experts, moe_up
+from inductor_moe.ops.quant import (
+    moe_down_combine_quantized,
+    moe_experts_quantized,
+    moe_up_quantized,
+)
 from inductor_moe.patterns.moe.activation import Activation
+from inductor_moe.patterns.quant import PackedWeight, read_packed
 from inductor_moe.patterns.walk import (
     SHAPES,
     aten,
@@ -41,6 +47,11 @@ class Projection:
     @property
     def experts(self) -> int:
         return int(sizes(self.weight)[0])
+
+    @property
+    def packed(self) -> PackedWeight | None:
+        """The packed weight [E, out, in] that is dequantised here, or None."""
+        return read_packed(_untransposed(self.weight) if self.transposed else self.weight)
 
     @property
     def width_in(self) -> Any:
@@ -85,6 +96,10 @@ class ExpertsSite:
             text += "; the function between the GEMMs has no name and keeps its nodes"
         if self.down.bias is not None or any(up.bias is not None for up in self.ups):
             text += "; biases"
+        packed = [p.packed for p in (self.ups[0], self.down)]
+        if packed[0] is not None and packed[1] is not None:
+            up, down = (p.describe() for p in packed)
+            text += f"; {up}" if up == down else f"; up {up}, down {down}"
         return text + ("; weights on the input" if self.weights_on_input else "")
 
 
@@ -93,13 +108,18 @@ def replace_experts(graph: fx.Graph, site: ExpertsSite) -> fx.Node:
     if site.activation is None:
         return _replace_halves(graph, site)
     up, activation = site.ups[0], site.activation
+    packed_up, packed_down = up.packed, site.down.packed
     with graph.inserting_before(site.output):
+        target = moe_experts
+        projections: list[Any] = [_oriented(graph, p, site) for p in (up, site.down)]
+        if packed_up is not None and packed_down is not None:
+            target = moe_experts_quantized
+            projections = [*_packed(packed_up), *_packed(packed_down), packed_down.in_features]
         output = call(
             graph,
-            moe_experts._opoverload,
+            target._opoverload,
             _tokens(graph, site),
-            _oriented(graph, up, site),
-            _oriented(graph, site.down, site),
+            *projections,
             _ids(graph, site),
             _weights(graph, site),
             up.bias,
@@ -121,11 +141,14 @@ def _replace_halves(graph: fx.Graph, site: ExpertsSite) -> fx.Node:
     replaced: dict[fx.Node, fx.Node] = {}
     for up in site.ups:
         with graph.inserting_before(up.value):
+            target, projection = moe_up, [_oriented(graph, up, site)]
+            if up.packed is not None:
+                target, projection = moe_up_quantized, _packed(up.packed)
             rows = call(
                 graph,
-                moe_up._opoverload,
+                target._opoverload,
                 _tokens(graph, site),
-                _oriented(graph, up, site),
+                *projection,
                 _ids(graph, site),
                 up.bias,
                 _weights(graph, site) if site.weights_on_input else None,
@@ -135,11 +158,14 @@ def _replace_halves(graph: fx.Graph, site: ExpertsSite) -> fx.Node:
         up.value.replace_all_uses_with(rows)
         replaced[up.value] = rows
     with graph.inserting_before(site.output):
+        target, projection = moe_down_combine, [_oriented(graph, site.down, site)]
+        if site.down.packed is not None:
+            target, projection = moe_down_combine_quantized, _packed(site.down.packed)
         output = call(
             graph,
-            moe_down_combine._opoverload,
+            target._opoverload,
             _reshape(graph, replaced.get(site.h, site.h), (-1, site.down.width_in), site),
-            _oriented(graph, site.down, site),
+            *projection,
             _ids(graph, site),
             None if site.weights_on_input else _weights(graph, site),
             site.down.bias,
@@ -161,10 +187,22 @@ def _oriented(graph: fx.Graph, projection: Projection, site: ExpertsSite) -> fx.
     """The weight as a view [E, out, in]."""
     if not projection.transposed:
         return projection.weight
-    weight = projection.weight
+    straight = _untransposed(projection.weight)
+    if straight is not None:
+        return straight
+    return call(graph, aten.permute.default, projection.weight, [0, 2, 1], like=site.output)
+
+
+def _untransposed(weight: fx.Node) -> fx.Node | None:
+    """What weight is the transpose of, or None if it is no transpose."""
     if weight.target is aten.permute.default and list(weight.args[1]) == [0, 2, 1]:
         return weight.args[0]
-    return call(graph, aten.permute.default, weight, [0, 2, 1], like=site.output)
+    return None
+
+
+def _packed(weight: PackedWeight) -> list[Any]:
+    """The buffers and the group size, as the quantised ops take them."""
+    return [weight.packed, weight.scales, weight.zeros, weight.group_size]
 
 
 def _ids(graph: fx.Graph, site: ExpertsSite) -> fx.Node:

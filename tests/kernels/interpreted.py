@@ -15,6 +15,7 @@ from unittest import mock
 import numpy as np
 import torch
 import triton.language as tl
+from kernels.ptx import inline_asm_elementwise
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
@@ -32,6 +33,10 @@ class Interpreted:
                 mock.patch.object(JITFunction, "__call__", _call_interpreted),
                 mock.patch.object(interpreter, "_convert_float", _convert_float),
                 mock.patch.object(interpreter.InterpreterBuilder, "create_dot", _dot),
+                mock.patch.object(
+                    interpreter.InterpreterBuilder, "create_si_to_fp", _int_to_float
+                ),
+                mock.patch.object(tl, "inline_asm_elementwise", inline_asm_elementwise),
             ):
                 # A launch patches triton.language for the kernel, and restores it; Triton's own
                 # device functions look in triton.language.core.
@@ -77,3 +82,14 @@ def _dot(builder: Any, a: Any, b: Any, d: Any, *args: Any) -> Any:
 def _widened(handle: Any) -> Any:
     bits = handle.data.astype(np.uint32) << 16
     return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+
+# ... and its conversion of integers to bf16 stores the integer.
+_int_to_any_float = interpreter.InterpreterBuilder.create_si_to_fp
+
+
+def _int_to_float(builder: Any, value: Any, target: Any) -> Any:
+    if target.scalar != tl.bfloat16:
+        return _int_to_any_float(builder, value, target)
+    bits = torch.from_numpy(value.data.astype(np.float32)).bfloat16().view(torch.int16)
+    return interpreter.TensorHandle(bits.numpy().view(np.uint16), tl.bfloat16)

@@ -1,0 +1,125 @@
+"""Device functions on packed weights: codes to floats in registers, and products by groups.
+
+Weights are the left operand, so that they go from memory to the tensor cores in registers and a
+handful of tokens fills the narrow side. See `inductor_moe.reference.quant` for the layout.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# A nibble under a fixed exponent is an exact float: 128 + n in bf16, 1024 + n in fp16. Two codes
+# a register: shift, and-or, subtract.
+BF16_PLANE = tl.constexpr("""{
+.reg .b32 t, one, off;
+shr.u32 t, $1, SHIFT;
+lop3.b32 t, t, 0x000F000F, 0x43004300, 0xEA;
+mov.b32 one, 0x3F803F80;
+mov.b32 off, 0xC308C308;
+fma.rn.bf16x2 $0, t, one, off;
+}""")
+FP16_PLANE = tl.constexpr("""{
+.reg .b32 t, off;
+shr.u32 t, $1, SHIFT;
+lop3.b32 t, t, 0x000F000F, 0x64006400, 0xEA;
+mov.b32 off, 0x64086408;
+sub.f16x2 $0, t, off;
+}""")
+BF16_PLANES = tl.constexpr(tuple(BF16_PLANE.value.replace("SHIFT", str(4 * j)) for j in range(4)))
+FP16_PLANES = tl.constexpr(tuple(FP16_PLANE.value.replace("SHIFT", str(4 * j)) for j in range(4)))
+
+
+@triton.jit
+def unpack_plane(words, PLANE: tl.constexpr, DTYPE: tl.constexpr):
+    """[ROWS, W] int16 -> nibble PLANE of each word, minus 8, in DTYPE; W is even."""
+    if tl.bfloat16 == DTYPE:
+        codes = tl.inline_asm_elementwise(
+            BF16_PLANES[PLANE], "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        codes = tl.inline_asm_elementwise(
+            FP16_PLANES[PLANE], "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
+        )
+    return codes
+
+
+@triton.jit
+def code_columns(BITS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(element of a packed row, input of its first code) for BLOCK_K inputs."""
+    if BITS == 4:
+        word = tl.arange(0, BLOCK_K // 4)
+        first = (word // 16) * 64 + word % 16
+    else:
+        word = tl.arange(0, BLOCK_K)
+        first = word
+    return word, first
+
+
+@triton.jit
+def group_product(
+    acc,  # [ROWS, COLS] fp32, the sum so far
+    part,  # [ROWS, COLS] fp32, codes (less 8 or 0) times inputs of one group
+    x_sum,  # [COLS] fp32, the inputs of the group summed, if HAS_ZEROS
+    scale_ptrs,  # [ROWS]
+    zero_ptrs,  # [ROWS]
+    load_row,  # [ROWS]
+    CENTER: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+):
+    """acc + scale * (part - (zero - center) * x_sum)"""
+    scale = tl.load(scale_ptrs, mask=load_row, other=0.0).to(tl.float32)
+    if HAS_ZEROS:
+        zero = tl.load(zero_ptrs, mask=load_row, other=0.0).to(tl.float32) - CENTER
+        part -= zero[:, None] * x_sum[None, :]
+    return acc + scale[:, None] * part
+
+
+@triton.jit
+def packed_dot(
+    acc,  # [ROWS, COLS] fp32
+    w_ptrs,  # [ROWS, W] packed elements of these BLOCK_K inputs
+    x_ptrs,  # [W, COLS] the inputs of the first plane
+    load_w,  # [ROWS, W]
+    left,  # [W, COLS] how many inputs are left from those of x_ptrs on
+    scale_ptrs,  # [ROWS] of the first group
+    zero_ptrs,
+    load_row,  # [ROWS]
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,  # inputs of a group, 0 for one group
+    HAS_ZEROS: tl.constexpr,
+    EVEN: tl.constexpr,  # all inputs and rows exist
+    COLS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """acc + W[rows, BLOCK_K inputs] @ x, a group of inputs at a time.
+
+    BLOCK_K is 64 for groups of 16 or 32, and divides larger ones. With one group, scales wait for
+    the end of the loop; then scale_ptrs is not read.
+    """
+    DTYPE: tl.constexpr = x_ptrs.dtype.element_ty
+    CENTER: tl.constexpr = 8 if BITS == 4 else 0
+    PLANES: tl.constexpr = 4 if BITS == 4 else 1
+    APART: tl.constexpr = BITS == 4 and (GROUP == 16 or GROUP == 32)
+    PLANES_A_GROUP: tl.constexpr = GROUP // 16 if APART else PLANES
+    words = tl.load(w_ptrs) if EVEN else tl.load(w_ptrs, mask=load_w, other=0)
+    part = acc if GROUP == 0 else tl.zeros((ROWS, COLS), tl.float32)
+    x_sum = tl.zeros((COLS,), tl.float32)
+    for plane in tl.static_range(PLANES):
+        if EVEN:
+            x = tl.load(x_ptrs + 16 * plane)
+        else:
+            x = tl.load(x_ptrs + 16 * plane, mask=left > 16 * plane, other=0.0)
+        w = unpack_plane(words, plane, DTYPE) if BITS == 4 else words.to(DTYPE)
+        part = tl.dot(w, x, part)
+        if HAS_ZEROS:
+            x_sum += tl.sum(x.to(tl.float32), 0)
+        if GROUP != 0 and plane % PLANES_A_GROUP == PLANES_A_GROUP - 1:
+            group: tl.constexpr = plane // PLANES_A_GROUP
+            acc = group_product(
+                acc, part, x_sum, scale_ptrs + group, zero_ptrs + group, load_row,
+                CENTER, HAS_ZEROS,
+            )  # fmt: skip
+            part = tl.zeros((ROWS, COLS), tl.float32)
+            x_sum = tl.zeros((COLS,), tl.float32)
+    return part if GROUP == 0 else acc, x_sum

@@ -1,0 +1,382 @@
+"""The ops on packed weights as Triton launches.
+
+Like `inductor_moe.ops.moe_cuda`: each function runs eagerly and traces, and the number of rows may
+be a SymInt as long as `tokens_hint` names one to choose kernels and tiles for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inductor_moe.kernels.quant_decode import (
+    quantized_down_decode_kernel,
+    quantized_up_decode_kernel,
+)
+from inductor_moe.kernels.quant_gemm import moe_quantized_gemm_kernel, quantized_linear_kernel
+from inductor_moe.ops.moe_cuda import (
+    IDENTITY,
+    Activation,
+    Wrap,
+    _as_is,
+    _bias_args,
+    _cdiv,
+    _combine,
+    _inner_contiguous,
+    _input_rows,
+    _power_of_two,
+    _Routed,
+    _sort,
+    _tokens,
+)
+from inductor_moe.quant_tiles import (
+    PartsTile,
+    QuantizedExperts,
+    QuantizedLinear,
+    QuantizedPlan,
+    choose_quantized_plan,
+    step_of,
+)
+from inductor_moe.reference.quant import BITS
+from inductor_moe.tiles import GemmTile, gpu_of
+
+Tile = PartsTile | GemmTile
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A packed weight [E, N, K] or [N, K] as the kernels take it."""
+
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    group_size: int
+    in_features: int
+
+    @staticmethod
+    def of(
+        packed: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, in_features: int
+    ) -> _Weight:
+        zeros = None if zeros is None else zeros.contiguous()
+        return _Weight(
+            packed.contiguous(), scales.contiguous(), zeros, group_size, int(in_features)
+        )
+
+    @property
+    def bits(self) -> int:
+        return BITS[self.packed.dtype]
+
+    @property
+    def experts(self) -> int:
+        return int(self.packed.shape[0]) if self.packed.dim() == 3 else 1
+
+    @property
+    def rows(self) -> int:
+        return int(self.packed.shape[-2])
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.packed, self.scales, self.scales if self.zeros is None else self.zeros
+
+    def sizes(self) -> tuple[int, int]:
+        """(elements of a packed row, groups of a row)"""
+        return int(self.packed.shape[-1]), int(self.scales.shape[-1])
+
+    def constants(self) -> dict[str, Any]:
+        return {"HAS_ZEROS": self.zeros is not None, "BITS": self.bits, "GROUP": self.group_size}
+
+    def step(self, tile: Tile) -> int:
+        return step_of(tile.block_k, self.bits, self.group_size)
+
+    def slice_of(self, block_k: int, splits: int) -> int:
+        """Inputs of one of `splits` slices of a row: whole groups and steps."""
+        unit = max(self.group_size, block_k)
+        return int(_cdiv(_cdiv(self.in_features, unit), splits)) * unit
+
+
+def quantized_linear_cuda(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    *,
+    tokens_hint: int | None = None,
+    plan: QuantizedPlan | None = None,
+    wrap: Wrap = _as_is,
+) -> Tensor:
+    """`quantized_linear` on Triton kernels."""
+    tokens = x.shape[0]
+    weight = _Weight.of(packed, scales, zeros, group_size, x.shape[1])
+    out = torch.empty((tokens, weight.rows), dtype=x.dtype, device=x.device)
+    if isinstance(tokens, int) and tokens == 0:
+        return out
+    layer = QuantizedLinear(weight.rows, weight.in_features, weight.bits, group_size)
+    hint = _tokens(x, tokens_hint)
+    plan = plan or choose_quantized_plan(layer, hint, gpu_of(x.device.index))
+    x = _inner_contiguous(x)
+    bias_rows = None if bias is None else bias[None]
+    if not plan.block_m:
+        _up_decode(x, 1, weight, bias_rows, None, out, IDENTITY, plan.up, wrap)
+        return out
+    tile = plan.up
+    assert isinstance(tile, GemmTile)
+    step = weight.step(tile)
+    grid = (_cdiv(tokens, plan.block_m) * _cdiv(weight.rows, tile.block_n),)
+    bias_arg, _, stride_b = _bias_args(bias_rows, packed)
+    wrap(quantized_linear_kernel)[grid](
+        x, *weight.tensors(), bias_arg, out,
+        tokens, weight.rows, weight.in_features, *weight.sizes(), x.stride(0), stride_b,
+        HAS_BIAS=bias is not None, **weight.constants(),
+        EVEN=weight.rows % tile.block_n == 0 and weight.in_features % step == 0,
+        GROUP_M=tile.group_m, BLOCK_M=plan.block_m, BLOCK_N=tile.block_n, BLOCK_K=step,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out
+
+
+def moe_experts_quantized_cuda(
+    x: Tensor,
+    up_packed: Tensor,
+    up_scales: Tensor,
+    up_zeros: Tensor | None,
+    up_group_size: int,
+    down_packed: Tensor,
+    down_scales: Tensor,
+    down_zeros: Tensor | None,
+    down_group_size: int,
+    inner: int,
+    ids: Tensor,
+    weights: Tensor,
+    bias_up: Tensor | None = None,
+    bias_down: Tensor | None = None,
+    activation: str = "silu",
+    gate: str = "chunked",
+    alpha: float = 1.0,
+    up_offset: float = 0.0,
+    limit: float | None = None,
+    weights_on_input: bool = False,
+    out_dtype: torch.dtype | None = None,
+    *,
+    tokens_hint: int | None = None,
+    plan: QuantizedPlan | None = None,
+    wrap: Wrap = _as_is,
+) -> Tensor:
+    """`moe_experts_quantized` on Triton kernels."""
+    tokens, top_k = ids.shape
+    out_dtype = out_dtype or x.dtype
+    if isinstance(tokens, int) and tokens == 0:
+        return x.new_zeros(x.shape, dtype=out_dtype)
+    up = _Weight.of(up_packed, up_scales, up_zeros, up_group_size, x.shape[1])
+    down = _Weight.of(down_packed, down_scales, down_zeros, down_group_size, inner)
+    plan = plan or _plan(ids, tokens_hint, up, inner, gate != "none")
+    epilogue = Activation(activation, gate, alpha, up_offset, limit)
+    rows, repeat = _input_rows(x, weights if weights_on_input else None, top_k)
+    on_output = None if weights_on_input else weights
+    h = torch.empty((tokens * top_k, inner), dtype=x.dtype, device=x.device)
+    if not plan.block_m:
+        _up_decode(rows, repeat, up, bias_up, ids, h, epilogue, plan.up, wrap)
+        return _down_decode(h, down, bias_down, ids, on_output, out_dtype, plan.down, wrap)
+    routed = _sort(ids, up.experts, plan.block_m, tokens_hint, wrap)
+    _gemm(routed, rows, repeat, up, bias_up, None, h, epilogue, plan.up, out_sorted=True)
+    return _down_combine(
+        routed, h, down, bias_down, on_output, out_dtype, plan.down, sorted_h=True
+    )
+
+
+def moe_up_quantized_cuda(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    group_size: int,
+    ids: Tensor,
+    bias_up: Tensor | None = None,
+    input_weights: Tensor | None = None,
+    *,
+    tokens_hint: int | None = None,
+    plan: QuantizedPlan | None = None,
+    wrap: Wrap = _as_is,
+) -> Tensor:
+    """`moe_up_quantized` on Triton kernels."""
+    tokens, top_k = ids.shape
+    weight = _Weight.of(packed, scales, zeros, group_size, x.shape[1])
+    size = (tokens * top_k, weight.rows)
+    if isinstance(tokens, int) and tokens == 0:
+        return x.new_zeros(size)
+    plan = plan or _plan(ids, tokens_hint, weight, weight.rows, False)
+    rows, repeat = _input_rows(x, input_weights, top_k)
+    if not plan.block_m:
+        out = torch.empty(size, dtype=x.dtype, device=x.device)
+        _up_decode(rows, repeat, weight, bias_up, ids, out, IDENTITY, plan.up, wrap)
+        return out
+    # No block covers the rows of skipped pairs.
+    out = torch.zeros(size, dtype=x.dtype, device=x.device)
+    routed = _sort(ids, weight.experts, plan.block_m, tokens_hint, wrap)
+    _gemm(routed, rows, repeat, weight, bias_up, None, out, IDENTITY, plan.up, out_sorted=False)
+    return out
+
+
+def moe_down_combine_quantized_cuda(
+    h: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    group_size: int,
+    ids: Tensor,
+    weights: Tensor | None = None,
+    bias_down: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    *,
+    tokens_hint: int | None = None,
+    plan: QuantizedPlan | None = None,
+    wrap: Wrap = _as_is,
+) -> Tensor:
+    """`moe_down_combine_quantized` on Triton kernels."""
+    tokens = ids.shape[0]
+    out_dtype = out_dtype or h.dtype
+    weight = _Weight.of(packed, scales, zeros, group_size, h.shape[1])
+    if isinstance(tokens, int) and tokens == 0:
+        return h.new_zeros((tokens, weight.rows), dtype=out_dtype)
+    plan = plan or _plan(ids, tokens_hint, weight, weight.in_features, False)
+    h = _inner_contiguous(h)
+    if not plan.block_m:
+        return _down_decode(h, weight, bias_down, ids, weights, out_dtype, plan.down, wrap)
+    routed = _sort(ids, weight.experts, plan.block_m, tokens_hint, wrap)
+    return _down_combine(
+        routed, h, weight, bias_down, weights, out_dtype, plan.down, sorted_h=False
+    )
+
+
+def _plan(
+    ids: Tensor, tokens_hint: int | None, weight: _Weight, inner: int, gated: bool
+) -> QuantizedPlan:
+    layer = QuantizedExperts(
+        top_k=int(ids.shape[1]),
+        experts=weight.experts,
+        hidden=weight.in_features,
+        inner=int(inner),
+        gated=gated,
+        bits=weight.bits,
+        group_size=weight.group_size,
+    )
+    return choose_quantized_plan(layer, _tokens(ids, tokens_hint), gpu_of(ids.device.index))
+
+
+def _up_decode(
+    rows: Tensor,
+    repeat: int,
+    weight: _Weight,
+    bias: Tensor | None,
+    ids: Tensor | None,
+    out: Tensor,
+    epilogue: Activation,
+    tile: Tile,
+    wrap: Wrap,
+) -> None:
+    assert isinstance(tile, PartsTile)
+    step = weight.step(tile)
+    k_slice = weight.slice_of(step, tile.parts)
+    columns = tile.block_n if epilogue.gate == "none" else tile.block_n // 2
+    bias_arg, stride_be, stride_bn = _bias_args(bias, weight.packed)
+    id_arg, id_strides = (weight.packed, (0, 0)) if ids is None else (ids, ids.stride())
+    inner = out.shape[1]
+    wrap(quantized_up_decode_kernel)[(out.shape[0], _cdiv(inner, columns))](
+        rows, *weight.tensors(), bias_arg, id_arg, out,
+        repeat, weight.experts, weight.in_features, inner, weight.rows, *weight.sizes(), k_slice,
+        rows.stride(0), stride_be, stride_bn, *id_strides,
+        TOP_K=1 if ids is None else ids.shape[1], HAS_IDS=ids is not None,
+        **epilogue.constants(), HAS_BIAS=bias is not None, **weight.constants(),
+        EVEN=inner % columns == 0 and k_slice * tile.parts == weight.in_features,
+        PARTS=tile.parts, BLOCK_N=tile.block_n, BLOCK_K=step,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def _down_decode(
+    h: Tensor,
+    weight: _Weight,
+    bias: Tensor | None,
+    ids: Tensor,
+    weights: Tensor | None,
+    out_dtype: torch.dtype,
+    tile: Tile,
+    wrap: Wrap,
+) -> Tensor:
+    assert isinstance(tile, PartsTile)
+    tokens, top_k = ids.shape
+    slots = min(tile.parts, _power_of_two(top_k))
+    splits = tile.parts // slots
+    step = weight.step(tile)
+    k_slice = weight.slice_of(step, splits)
+    hidden = weight.rows
+    y = torch.empty((tokens, hidden), dtype=out_dtype, device=h.device)
+    bias_arg, stride_be, stride_bh = _bias_args(bias, weight.packed)
+    scale, stride_st, stride_sk = _bias_args(weights, weight.packed)
+    wrap(quantized_down_decode_kernel)[(tokens, _cdiv(hidden, tile.block_n))](
+        h, *weight.tensors(), bias_arg, ids, scale, y,
+        weight.experts, weight.in_features, hidden, *weight.sizes(), k_slice,
+        h.stride(0), stride_be, stride_bh, *ids.stride(), stride_st, stride_sk,
+        TOP_K=top_k, SLOTS=slots,
+        HAS_WEIGHTS=weights is not None, HAS_BIAS=bias is not None, **weight.constants(),
+        EVEN=hidden % tile.block_n == 0 and k_slice * splits == weight.in_features,
+        PARTS=tile.parts, BLOCK_N=tile.block_n, BLOCK_K=step,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return y
+
+
+def _gemm(
+    routed: _Routed,
+    a: Tensor,
+    repeat: int,
+    weight: _Weight,
+    bias: Tensor | None,
+    weights: Tensor | None,
+    out: Tensor,
+    epilogue: Activation,
+    tile: Tile,
+    *,
+    out_sorted: bool,
+    a_sorted: bool = False,
+) -> None:
+    assert isinstance(tile, GemmTile)
+    bias_arg, stride_be, stride_bn = _bias_args(bias, weight.packed)
+    scale, stride_st, stride_sk = _bias_args(weights, weight.packed)
+    columns = tile.block_n if epilogue.gate == "none" else tile.block_n // 2
+    step = weight.step(tile)
+    inner, capacity = out.shape[1], routed.capacity
+    routed.wrap(moe_quantized_gemm_kernel)[(capacity * _cdiv(inner, columns),)](
+        a, *weight.tensors(), bias_arg, scale, routed.order, routed.blocks, out,
+        repeat, capacity, tile.group_m, weight.in_features, inner, weight.rows, *weight.sizes(),
+        a.stride(0), stride_be, stride_bn, stride_st, stride_sk,
+        TOP_K=routed.ids.shape[1], A_SORTED=a_sorted, OUT_SORTED=out_sorted,
+        **epilogue.constants(), HAS_BIAS=bias is not None, HAS_WEIGHTS=weights is not None,
+        **weight.constants(),
+        EVEN=inner % columns == 0 and weight.in_features % step == 0,
+        BLOCK_M=routed.block_m, BLOCK_N=tile.block_n, BLOCK_K=step,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def _down_combine(
+    routed: _Routed,
+    h: Tensor,
+    weight: _Weight,
+    bias: Tensor | None,
+    weights: Tensor | None,
+    out_dtype: torch.dtype,
+    tile: Tile,
+    *,
+    sorted_h: bool,
+) -> Tensor:
+    rows = torch.empty((routed.order.shape[0], weight.rows), dtype=h.dtype, device=h.device)
+    _gemm(
+        routed, h, 1, weight, bias, weights, rows, IDENTITY, tile,
+        out_sorted=False, a_sorted=sorted_h,
+    )  # fmt: skip
+    top_k = routed.ids.shape[1]
+    return _combine(rows, routed.ids, top_k, True, weight.experts, out_dtype, routed.wrap)

@@ -1,0 +1,1 @@
+"""Packed weights: fitting them, putting them into models, keeping them on disk."""

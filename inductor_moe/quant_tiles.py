@@ -1,0 +1,163 @@
+"""Tile choice for the kernels on packed weights: a table measured on this GPU, else a rule.
+
+A table is `lowerings/configs/<gpu>.quant.json`, made by `examples/benchmarks/int4.py tune`; a
+layer it holds takes the entry with the nearest number of rows, up to four times away.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from inductor_moe.tiles import GemmTile, Gpu, generic_gpu, table_path
+
+
+@dataclass(frozen=True)
+class QuantizedExperts:
+    """One expert layer on packed weights; group_size 0 is one group a row."""
+
+    top_k: int
+    experts: int
+    hidden: int
+    inner: int
+    gated: bool
+    bits: int
+    group_size: int
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """One linear layer on packed weights."""
+
+    outputs: int
+    inputs: int
+    bits: int
+    group_size: int
+
+
+@dataclass(frozen=True)
+class PartsTile:
+    """block_n rows of weights, block_k inputs a step, `parts` (to 8) parts of the sum at once."""
+
+    block_n: int
+    block_k: int
+    parts: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class QuantizedPlan:
+    """`block_m` is 0 for the kernels of few rows, else the rows of a block of the GEMMs.
+
+    A linear layer uses `up` alone.
+    """
+
+    block_m: int
+    up: PartsTile | GemmTile
+    down: PartsTile | GemmTile
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> QuantizedPlan:
+        tile = GemmTile if value["block_m"] else PartsTile
+        return QuantizedPlan(value["block_m"], tile(**value["up"]), tile(**value["down"]))
+
+
+Layer = QuantizedExperts | QuantizedLinear
+
+
+def choose_quantized_plan(layer: Layer, rows: int, gpu: Gpu | None) -> QuantizedPlan:
+    """The plan for `rows` tokens, from the GPU's table if it holds this layer."""
+    gpu = gpu or generic_gpu((8, 0))
+    plans = load_quantized_table(gpu.name).get(layer)
+    if plans:
+        distance, nearest = min((abs(math.log2(max(rows, 1) / m)), m) for m in plans)
+        if distance <= 2:
+            return plans[nearest]
+    if isinstance(layer, QuantizedExperts):
+        return experts_by_rule(layer, rows, gpu)
+    return linear_by_rule(layer, rows, gpu)
+
+
+@functools.cache
+def load_quantized_table(gpu_name: str) -> dict[Layer, dict[int, QuantizedPlan]]:
+    """layer -> rows -> plan; empty if the GPU has no table."""
+    path = table_path(gpu_name).with_suffix(".quant.json")
+    if not path.is_file():
+        return {}
+    kinds: dict[str, Any] = {"experts": QuantizedExperts, "linear": QuantizedLinear}
+    return {
+        kinds[entry["kind"]](**entry["layer"]): {
+            int(rows): QuantizedPlan.from_json(plan) for rows, plan in entry["plans"].items()
+        }
+        for entry in json.loads(path.read_text())["layers"]
+    }
+
+
+def step_of(block_k: int, bits: int, group_size: int) -> int:
+    """The nearest number of inputs a step may have: a step never holds parts of two groups.
+
+    With 4 bits the planes of a step of 64 are taken apart for groups of 16 or 32.
+    """
+    if group_size == 0:
+        return block_k
+    if group_size < 64:
+        return 64 if bits == 4 else group_size
+    return math.gcd(block_k, group_size)
+
+
+def experts_by_rule(layer: QuantizedExperts, tokens: int, gpu: Gpu) -> QuantizedPlan:
+    """Few pairs: a program's weights in one wave of loads. Many: blocks of an expert's rows.
+
+    Unpacking costs about 1.5 instructions a weight and program, so blocks are taller than those
+    for unpacked weights before experts repeat.
+    """
+    pairs = tokens * layer.top_k
+    per_expert = pairs / layer.experts
+    if pairs <= 128 and per_expert <= 1:
+        parts = PartsTile(16, 128, 8, 4, 3)
+        return QuantizedPlan(0, parts, parts)
+    block_m, gemm = _gemm_tile(per_expert, gpu)
+    return QuantizedPlan(block_m, gemm, gemm)
+
+
+def linear_by_rule(layer: QuantizedLinear, rows: int, gpu: Gpu) -> QuantizedPlan:
+    """One row: slices of K in the columns. More: a GEMM, narrow while its grid is small."""
+    if rows == 1:
+        parts = PartsTile(16, 128, 8, 4, 3)
+        return QuantizedPlan(0, parts, parts)
+    block_m, gemm = _gemm_tile(rows, gpu)
+    programs = math.ceil(layer.outputs / gemm.block_n) * math.ceil(rows / block_m)
+    if programs < 2 * gpu.multiprocessors and gemm.block_n > 64:
+        gemm = replace(gemm, block_n=64, warps=4)
+    return QuantizedPlan(block_m, gemm, gemm)
+
+
+def _gemm_tile(rows: float, gpu: Gpu) -> tuple[int, GemmTile]:
+    """Rows of a block and the tile for about `rows` rows that share their weights."""
+    if rows <= 12:
+        block_m, tile = 16, GemmTile(64, 128, 8, 4, 4)
+    elif rows <= 24:
+        block_m, tile = 32, GemmTile(64, 128, 8, 4, 4)
+    elif rows <= 64:
+        block_m, tile = 64, GemmTile(128, 64, 8, 8, 3)
+    else:
+        block_m, tile = 128, GemmTile(128, 64, 8, 8, 3)
+    if gpu.capability < (9, 0) and block_m == 128:
+        # Without wgmma both operands live in registers.
+        block_m = 64
+    return block_m, _fit(tile, block_m, gpu)
+
+
+def _fit(tile: GemmTile, block_m: int, gpu: Gpu) -> GemmTile:
+    """Fewer stages until the pipeline's buffers fit: int8 weights and 16-bit inputs."""
+    stages = tile.stages
+    while stages > 2 and stages * (tile.block_n + 2 * block_m) * tile.block_k > gpu.shared_memory:
+        stages -= 1
+    return replace(tile, stages=stages)

@@ -1,0 +1,45 @@
+"""Lowerings of the ops on packed weights: Triton kernels on a GPU, aten elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from inductor_moe import compat
+from inductor_moe.lowerings.trace import lower
+from inductor_moe.ops import quant
+from inductor_moe.reference.quant import dequantize_reference
+
+
+def register() -> None:
+    """Register the lowerings of dequantize, quantized_linear and the quantised expert ops."""
+    lower(quant.dequantize, dequantize_reference)
+    for op, plain, tokens in (
+        (quant.quantized_linear, quant.quantized_linear_plain, 0),
+        (quant.moe_experts_quantized, quant.moe_experts_quantized_plain, 10),
+        (quant.moe_up_quantized, quant.moe_up_quantized_plain, 5),
+        (quant.moe_down_combine_quantized, quant.moe_down_combine_quantized_plain, 5),
+    ):
+        lower(op, _lowering(f"{plain.__name__.removesuffix('_plain')}_cuda", plain, tokens))
+
+
+def _lowering(launcher: str, plain: Callable[..., Any], tokens: int) -> Callable[..., Any]:
+    """The Triton implementation where the device and dtype run our kernels, else the aten one.
+
+    launcher  its name in ops.quant_cuda, which cannot be imported without Triton
+    tokens    the position of the argument whose first dim is the number of tokens
+    """
+
+    def implementation(*args: Any) -> Any:
+        x = args[0]
+        served = x.dtype in (torch.bfloat16, torch.float16)
+        if not served or not compat.runs_triton_kernels(x.device):
+            return plain(*args)
+        from inductor_moe.ops import quant_cuda
+
+        hint = compat.size_hint(args[tokens].shape[0])
+        return getattr(quant_cuda, launcher)(*args, tokens_hint=hint, wrap=compat.wrap_triton)
+
+    return implementation
