@@ -1,7 +1,8 @@
 """Tile choice for the kernels on packed weights: a table measured on this GPU, else a rule.
 
-A table is `lowerings/configs/<gpu>.quant.json`, made by `examples/benchmarks/int4.py tune`; a
-layer it holds takes the entry with the nearest number of rows, up to four times away.
+A table is `lowerings/configs/<gpu>.quant.json`, or a file of that name in the user's own folder,
+made by `examples/benchmarks/int4.py tune`; a layer it holds takes the entry with the nearest
+number of rows, up to four times away.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from inductor_moe.tiles import GemmTile, Gpu, generic_gpu, table_path
+from inductor_moe.tiles import GemmTile, Gpu, generic_gpu, shipped_folder, table_name, user_folder
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,16 @@ def choose_quantized_plan(layer: Layer, rows: int, gpu: Gpu | None) -> Quantized
 
 @functools.cache
 def load_quantized_table(gpu_name: str) -> dict[Layer, dict[int, QuantizedPlan]]:
-    """layer -> rows -> plan; empty if the GPU has no table."""
-    path = table_path(gpu_name).with_suffix(".quant.json")
-    if not path.is_file():
-        return {}
+    """layer -> rows -> plan; empty if the GPU has no table. The user's layers go first."""
     kinds: dict[str, Any] = {"experts": QuantizedExperts, "linear": QuantizedLinear}
+    name = table_name(gpu_name).removesuffix(".json") + ".quant.json"
+    paths = [folder / name for folder in (shipped_folder(), user_folder())]
     return {
         kinds[entry["kind"]](**entry["layer"]): {
             int(rows): QuantizedPlan.from_json(plan) for rows, plan in entry["plans"].items()
         }
+        for path in paths
+        if path.is_file()
         for entry in json.loads(path.read_text())["layers"]
     }
 

@@ -1,4 +1,4 @@
-"""The inline assembly of our kernels on numpy, so that Triton's interpreter runs what a GPU runs."""
+"""Our inline assembly on numpy, so that Triton's interpreter runs what a GPU runs."""
 
 from __future__ import annotations
 

@@ -1,0 +1,136 @@
+"""The kernels on packed weights compile for each architecture: no spills, few instructions."""
+
+from __future__ import annotations
+
+import collections
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from kernels.test_moe_offline_compile import GPUS, H100, POINTERS, Recorder, local_memory
+from triton.backends.compiler import GPUTarget
+
+from inductor_moe.ops.quant_cuda import moe_experts_quantized_cuda, quantized_linear_cuda
+from inductor_moe.quant.fit import Scheme, empty
+from inductor_moe.quant_tiles import (
+    PartsTile,
+    QuantizedExperts,
+    QuantizedLinear,
+    choose_quantized_plan,
+)
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1" or sys.platform != "linux",
+    reason="needs Triton's compiler",
+)
+META = torch.device("meta")
+POINTERS |= {torch.int16: "*i16", torch.int8: "*i8", torch.float16: "*fp16"}
+SCHEMES = {
+    "int4": Scheme(4, 128, True, "rtn"),
+    "int4 zeros": Scheme(4, 64, False, "rtn"),
+    "int8": Scheme(8, 0, True, "rtn"),
+}
+
+
+def record_experts(scheme: Scheme, tokens: int, gpu: Any, dtype: Any = torch.bfloat16) -> dict:
+    launches: dict[str, Any] = {}
+    up = empty(torch.Size([256, 1024, 2048]), dtype, META, scheme)
+    down = empty(torch.Size([256, 2048, 512]), dtype, META, scheme)
+    layer = QuantizedExperts(8, 256, 2048, 512, True, scheme.bits, scheme.group_size)
+    moe_experts_quantized_cuda(
+        torch.empty(tokens, 2048, dtype=dtype, device=META),
+        up.packed, up.scales, up.zeros, scheme.group_size,
+        down.packed, down.scales, down.zeros, scheme.group_size, 512,
+        torch.empty(tokens, 8, dtype=torch.int64, device=META),
+        torch.empty(tokens, 8, dtype=dtype, device=META),
+        plan=choose_quantized_plan(layer, tokens, gpu), wrap=Recorder(launches),
+    )  # fmt: skip
+    return launches
+
+
+def record_linear(scheme: Scheme, tokens: int, gpu: Any, outputs: int = 12352) -> dict:
+    launches: dict[str, Any] = {}
+    weight = empty(torch.Size([outputs, 2048]), torch.bfloat16, META, scheme)
+    layer = QuantizedLinear(outputs, 2048, scheme.bits, scheme.group_size)
+    quantized_linear_cuda(
+        torch.empty(tokens, 2048, dtype=torch.bfloat16, device=META),
+        weight.packed, weight.scales, weight.zeros, None, scheme.group_size,
+        plan=choose_quantized_plan(layer, tokens, gpu), wrap=Recorder(launches),
+    )  # fmt: skip
+    return launches
+
+
+def compiled(launches: dict[str, Any], gpu: Any) -> dict[str, Any]:
+    """The kernels on packed weights, by name; asserts that none spills."""
+    major, minor = gpu.capability
+    found = {}
+    for key, (source, options) in launches.items():
+        name = source.fn.fn.__name__
+        if "quantized" not in name:
+            continue
+        kernel = triton.compile(
+            source, target=GPUTarget("cuda", 10 * major + minor, 32), options=options
+        )
+        assert kernel.metadata.shared <= gpu.shared_memory, key
+        assert local_memory(kernel.asm["cubin"]) == 0, key
+        found[name] = kernel
+    return found
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: "sm_{}{}".format(*gpu.capability))
+def test_int4_kernels_compile_without_spills(gpu):
+    for tokens in (1, 4096):
+        assert compiled(record_experts(SCHEMES["int4"], tokens, gpu), gpu)
+    assert compiled(record_linear(SCHEMES["int4"], 1, gpu), gpu)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: "sm_{}{}".format(*gpu.capability))
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_bucket_compiles_without_spills(scheme, gpu):
+    kind = SCHEMES[scheme]
+    for tokens in (1, 16, 64, 256, 512, 1024, 4096):
+        assert compiled(record_experts(kind, tokens, gpu), gpu)
+        assert compiled(record_linear(kind, tokens, gpu), gpu)
+    assert compiled(record_experts(kind, 1, gpu, torch.float16), gpu)
+
+
+def instructions(cubin: bytes) -> list[str]:
+    """The mnemonics of a kernel's machine code, in order."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)", text, re.M)
+
+
+def test_instructions_per_weight_on_sm_90():
+    """A thread may issue 4.8 instructions a weight before an H100's memory is not the limit.
+
+    Counted over the whole kernel of two steps, prologue and epilogue included: an upper bound for
+    the loop. Two codes cost a shift, an and-or and a subtraction.
+    """
+    tile = PartsTile(16, 128, 8, 4, 3)
+    plan = choose_quantized_plan(QuantizedLinear(12352, 2048, 4, 128), 1, H100)
+    assert plan.up == tile
+    kernels = compiled(record_linear(SCHEMES["int4"], 1, H100), H100)
+    listing = instructions(kernels["quantized_up_decode_kernel"].asm["cubin"])
+    # One copy of the loop's body is in the code: a thread's weights of one step.
+    weights = tile.parts * tile.block_n * tile.block_k // (32 * tile.warps)
+    count = collections.Counter(listing)
+    assert count["HFMA2"] <= weights // 2
+    unpacking = sum(count[name] for name in ("LOP3", "SHF", "HFMA2"))
+    assert unpacking <= 2.0 * weights
+    assert len(listing) - count["NOP"] <= 5.5 * weights
+    # Scales and outputs are converted, weights are not.
+    converting = sum(count[n] for n in count if n.startswith(("I2F", "F2F", "PRMT")))
+    assert converting <= weights // 16
