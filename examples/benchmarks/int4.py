@@ -205,8 +205,8 @@ def parts_tiles() -> Iterator[PartsTile]:
 def gemm_tiles(block_m: int) -> Iterator[GemmTile]:
     small = ((64, 128, 4, 3), (64, 128, 4, 5), (128, 128, 4, 3), (128, 128, 8, 3), (32, 128, 4, 4),
              (64, 64, 4, 4))  # fmt: skip
-    large = ((64, 64, 4, 3), (64, 128, 4, 3), (128, 64, 4, 3), (128, 64, 8, 4), (128, 128, 8, 3),
-             (256, 64, 8, 3))  # fmt: skip
+    large = ((64, 64, 4, 3), (64, 128, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 3),
+             (128, 128, 8, 2))  # fmt: skip
     for block_n, block_k, warps, stages in small if block_m <= 32 else large:
         yield GemmTile(block_n, block_k, 8, warps, stages)
 
