@@ -115,10 +115,10 @@ def packed_dot(
         if HAS_ZEROS:
             x_sum += tl.sum(x.to(tl.float32), 0)
         if GROUP != 0 and plane % PLANES_A_GROUP == PLANES_A_GROUP - 1:
-            group: tl.constexpr = plane // PLANES_A_GROUP
             acc = group_product(
-                acc, part, x_sum, scale_ptrs + group, zero_ptrs + group, load_row,
-                CENTER, HAS_ZEROS,
+                acc, part, x_sum,
+                scale_ptrs + plane // PLANES_A_GROUP, zero_ptrs + plane // PLANES_A_GROUP,
+                load_row, CENTER, HAS_ZEROS,
             )  # fmt: skip
             part = tl.zeros((ROWS, COLS), tl.float32)
             x_sum = tl.zeros((COLS,), tl.float32)
