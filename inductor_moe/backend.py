@@ -199,6 +199,7 @@ def __getattr__(name: str) -> Any:
 
 @functools.cache
 def _install_capture() -> None:
-    from inductor_moe.capture import delta_rule
+    from inductor_moe.capture import delta_rule, experts
 
     delta_rule.install()
+    experts.install()

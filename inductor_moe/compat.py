@@ -189,6 +189,16 @@ def is_symbolic(value: Any) -> bool:
     return isinstance(value, torch.SymInt)
 
 
+def turn_on_dynamo_setting(name: str) -> bool:
+    """Set a boolean of Dynamo's config to True for the process; False if it was already."""
+    from torch._dynamo import config
+
+    if getattr(config, name):
+        return False
+    setattr(config, name, True)
+    return True
+
+
 def clear_graph_breaks() -> None:
     """Forget the graph breaks seen so far."""
     from torch._dynamo.utils import counters

@@ -40,8 +40,8 @@ ROUTES = {
 }
 # Above the layers: what a user calls. No layer imports these, and they may import anything.
 SURFACE = {
-    "__init__", "bench", "cli", "demo", "doctor", "explanation", "report_html", "targets",
-    "testing",
+    "__init__", "bench", "cli", "compiling", "demo", "doctor", "explanation", "report_html",
+    "targets", "testing",
 }  # fmt: skip
 
 PRIVATE = ("torch._", "functorch")

@@ -8,9 +8,6 @@ still run the original body.
 
 from __future__ import annotations
 
-import functools
-import importlib.abc
-import importlib.util
 import sys
 import types
 from collections.abc import Callable
@@ -19,13 +16,13 @@ from typing import Any
 import torch
 
 from inductor_moe import compat
+from inductor_moe.capture.imports import MODULES, watch_imports
 from inductor_moe.ops.delta_rule import delta_rule
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
 Function = Callable[..., Result]
 
 L2NORM_EPS = 1e-6
-MODULES = "transformers.models."
 
 
 def _run(
@@ -62,7 +59,7 @@ def _chunked(original: Function) -> Function:
         use_qk_l2norm_in_kernel: bool = False,
         **kwargs: Any,
     ) -> Result:
-        if not _applies() or torch.is_grad_enabled():
+        if not applies() or torch.is_grad_enabled():
             return original(
                 query, key, value, g, beta, chunk_size, initial_state, output_final_state,
                 use_qk_l2norm_in_kernel, **kwargs,
@@ -87,7 +84,7 @@ def _recurrent(original: Function) -> Function:
         use_qk_l2norm_in_kernel: bool = False,
         **kwargs: Any,
     ) -> Result:
-        if not _applies() or torch.is_grad_enabled():
+        if not applies() or torch.is_grad_enabled():
             return original(
                 query, key, value, g, beta, initial_state, output_final_state,
                 use_qk_l2norm_in_kernel, **kwargs,
@@ -112,7 +109,7 @@ _enabled = True
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _applies() -> bool:
+def applies() -> bool:
     """Whether the graph being traced is for our backend. Evaluated by Dynamo, never in a graph."""
     return _enabled and compat.tracing_backend_is_ours()
 
@@ -124,7 +121,7 @@ def install() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith(MODULES) and ".modeling_" in name:
             _substitute(module)
-    _watch_imports()
+    watch_imports(_substitute)
 
 
 def uninstall() -> None:
@@ -155,30 +152,3 @@ def _copied(function: types.FunctionType) -> Any:
     )
     copied.__kwdefaults__ = function.__kwdefaults__
     return copied
-
-
-class _ImportWatch(importlib.abc.MetaPathFinder):
-    """Lets the other finders find a modeling module and substitutes in it once it has run."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if not (name.startswith(MODULES) and ".modeling_" in name):
-            return None
-        for finder in sys.meta_path:
-            if finder is self or not hasattr(finder, "find_spec"):
-                continue
-            spec = finder.find_spec(name, path, target)
-            if spec is not None and spec.loader is not None:
-                run = spec.loader.exec_module
-
-                def exec_module(module: types.ModuleType, run: Any = run) -> None:
-                    run(module)
-                    _substitute(module)
-
-                spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-                return spec
-        return None
-
-
-@functools.cache
-def _watch_imports() -> None:
-    sys.meta_path.insert(0, _ImportWatch())

@@ -1,0 +1,189 @@
+"""One family in one form: built, run through the backend, counted and measured against fp64."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import itertools
+import statistics
+import traceback
+from typing import Any
+
+import families
+import torch
+import zoo
+from transformers import DynamicCache, StaticCache
+
+from inductor_moe.backend import collected
+from inductor_moe.report import Report, merge
+from inductor_moe.testing import fused_layers, graph_backend, relative_error
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PROMPT, SEEDS = 16, (1, 2, 3)
+SLACK = 2.0
+FLOOR = {"bf16": 1e-3, "fp32": 1e-6}
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """path: compile or export; stage: prefill or decode; experts: the implementation's name."""
+
+    path: str
+    stage: str
+    experts: str
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.path} {self.stage} {self.experts} {self.dtype}"
+
+
+FORMS = tuple(
+    Form(path, stage, experts, dtype)
+    for path, stage, experts, dtype in itertools.product(
+        ("compile", "export"), ("prefill", "decode"), ("grouped_mm", "batched_mm"), DTYPES
+    )
+    if (path, stage) != ("export", "decode")
+)
+
+
+@dataclasses.dataclass
+class Result:
+    """What came out of one case; `error` is the median over prompts, relative to eager's."""
+
+    family: str
+    form: str
+    expected: dict[str, int]
+    matched: dict[str, int]
+    error: float | None = None
+    eager_error: float | None = None
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        return bool(self.expected) and self.matched == self.expected
+
+    @property
+    def wrong(self) -> bool:
+        if self.error is None or self.eager_error is None:
+            return False
+        floor = FLOOR[self.form.split()[-1]]
+        return not self.error <= SLACK * max(self.eager_error, floor / SLACK)
+
+
+@functools.cache
+def built(family: families.Family) -> torch.nn.Module:
+    model = family.build()
+    with torch.no_grad():
+        try:
+            zoo.decide_routing(model)
+        except (AssertionError, AttributeError, NotImplementedError):
+            model = family.build()
+    return model
+
+
+def run(family: families.Family, form: Form) -> Result:
+    """The result of a case; what raises is a reason, not an exception."""
+    model, exact = zoo.prepare(built(family), DTYPES[form.dtype], form.experts, family.switchable)
+    call = Call(family, model)
+    with torch.no_grad():
+        expected = family.layers(model, lambda: call(call.prompt(0)))
+    result = Result(family.name, form.name, expected, {})
+    try:
+        with torch.no_grad(), collected() as reports:
+            measured = _measure(family, form, model, exact)
+    except _Unavailable as error:
+        result.expected, result.reasons = {}, (str(error),)
+        return result
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        text = " ".join(str(error).split())[:300]
+        result.reasons = (f"{type(error).__name__}: {text} ({frame.name})",)
+        return result
+    report = merge(reports) if reports else Report()
+    result.matched = fused_layers(report)
+    result.reasons = tuple(
+        f"{site.module or site.rewrite}: {site.reason}" for site in report.refused
+    )
+    errors, eager_errors = zip(*measured, strict=True)
+    result.error, result.eager_error = statistics.median(errors), statistics.median(eager_errors)
+    return result
+
+
+class _Unavailable(Exception):
+    """The family has no such form, in eager either."""
+
+
+def _measure(
+    family: families.Family, form: Form, model: torch.nn.Module, exact: torch.nn.Module
+) -> list[tuple[float, float]]:
+    torch.compiler.reset()
+    if form.stage == "decode":
+        return _measure_decode(family, model, exact)
+    call = Call(family, model)
+    if form.path == "export":
+        program = torch.export.export(call, (call.prompt(0),), strict=False)
+        compiled = torch.compile(program.module(), backend=graph_backend(), fullgraph=True)
+    else:
+        compiled = torch.compile(call, backend=graph_backend(), fullgraph=True)
+    reference = Call(family, exact)
+    return [_errors(compiled(ids), call(ids), reference(ids)) for ids in map(call.prompt, SEEDS)]
+
+
+class Call(torch.nn.Module):
+    """A model as a function from token ids to its last tensor, without a cache."""
+
+    def __init__(self, family: families.Family, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.two_sided = family.name in families.ENCODER_DECODER
+        self.vocabulary = 96
+
+    def prompt(self, seed: int, length: int = PROMPT) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(3, self.vocabulary, (1, length), generator=generator)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        extra = {"decoder_input_ids": ids} if self.two_sided else {}
+        return _output(self.model(input_ids=ids, use_cache=False, **extra))
+
+
+def _measure_decode(
+    family: families.Family, model: torch.nn.Module, exact: torch.nn.Module
+) -> list[tuple[float, float]]:
+    if family.name in families.ENCODER_DECODER or family.name in families.ENCODERS:
+        raise _Unavailable("no decode step: the model, or this part of it, keeps no cache")
+    call = Call(family, model)
+    compiled = torch.compile(model, backend=graph_backend(), fullgraph=True)
+    measured = []
+    for seed in SEEDS:
+        ids, following = call.prompt(seed), call.prompt(100 + seed, length=1)
+        cache, reference_cache = _filled(model, ids), _filled(exact, ids)
+        eager = _output(model(input_ids=following, past_key_values=copy.deepcopy(cache)))
+        reference = _output(exact(input_ids=following, past_key_values=reference_cache))
+        found = _output(compiled(input_ids=following, past_key_values=cache))
+        measured.append(_errors(found, eager, reference))
+    return measured
+
+
+def _filled(model: torch.nn.Module, ids: torch.Tensor) -> Any:
+    """A cache that holds the prompt: a static one where the model takes it."""
+    try:
+        cache: Any = StaticCache(config=model.config, max_cache_len=64)
+        model(input_ids=ids, past_key_values=cache)
+    except Exception:
+        cache = DynamicCache(config=model.config)
+        model(input_ids=ids, past_key_values=cache)
+    return cache
+
+
+def _output(output: Any) -> torch.Tensor:
+    logits = getattr(output, "logits", None)
+    return output.last_hidden_state if logits is None else logits
+
+
+def _errors(
+    found: torch.Tensor, eager: torch.Tensor, reference: torch.Tensor
+) -> tuple[float, float]:
+    return relative_error(found, reference), relative_error(eager, reference)
