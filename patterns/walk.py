@@ -81,6 +81,18 @@ def is_float_cast(node: Any) -> bool:
     )
 
 
+def unrounded(node: fx.Node, least: torch.dtype) -> fx.Node:
+    """The float cast `node`; refuses one to a dtype that does not hold every value of `least`.
+
+    A rewrite leaves casts out: that may keep digits the model's own dtype would have lost, but
+    must not undo a rounding that the model asks for.
+    """
+    kept, needed = torch.finfo(dtype(node)), torch.finfo(least)
+    if kept.eps > needed.eps or kept.max < needed.max or kept.tiny > needed.tiny:
+        raise Refusal(f"{node.name} rounds {least} values to {dtype(node)}")
+    return node
+
+
 def is_transparent(node: Any) -> bool:
     """Whether node only copies, or adds and drops dims of size 1."""
     if is_call(node, *COPIES):
@@ -95,9 +107,11 @@ def peel(node: Any, also: Callable[[Any], bool] = lambda _: False) -> Any:
     return node
 
 
-def peel_casts(node: Any) -> Any:
-    """Go up through transparent nodes and float casts."""
-    return peel(node, is_float_cast)
+def peel_casts(node: Any, least: torch.dtype | None = None) -> Any:
+    """Go up through transparent nodes and float casts; refuses a cast that rounds `least`."""
+    if least is None:
+        return peel(node, is_float_cast)
+    return peel(node, lambda n: is_float_cast(n) and unrounded(n, least) is n)
 
 
 def flat_source(node: Any) -> Any:

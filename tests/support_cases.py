@@ -15,6 +15,7 @@ import torch
 import zoo
 from transformers import DynamicCache, StaticCache
 
+from inductor_moe import compat
 from inductor_moe.backend import collected
 from inductor_moe.report import Report, merge
 from inductor_moe.testing import fused_layers, graph_backend, relative_error
@@ -59,6 +60,7 @@ class Result:
     error: float | None = None
     eager_error: float | None = None
     reasons: tuple[str, ...] = ()
+    graphs: int = 0
 
     @property
     def whole(self) -> bool:
@@ -102,13 +104,19 @@ def run(family: families.Family, form: Form) -> Result:
         result.reasons = (f"{type(error).__name__}: {text} ({frame.name})",)
         return result
     report = merge(reports) if reports else Report()
-    result.matched = fused_layers(report)
+    result.matched, result.graphs = fused_layers(report), report.graphs
     result.reasons = tuple(
         f"{site.module or site.rewrite}: {site.reason}" for site in report.refused
     )
+    if result.graphs > 1 or not reports:
+        result.reasons += tuple(_first_line(reason) for reason in compat.graph_breaks())
     errors, eager_errors = zip(*measured, strict=True)
     result.error, result.eager_error = statistics.median(errors), statistics.median(eager_errors)
     return result
+
+
+def _first_line(reason: str) -> str:
+    return "graph break: " + " ".join(reason.split("\n")[0].split())[:160]
 
 
 class _Unavailable(Exception):
@@ -119,14 +127,15 @@ def _measure(
     family: families.Family, form: Form, model: torch.nn.Module, exact: torch.nn.Module
 ) -> list[tuple[float, float]]:
     torch.compiler.reset()
+    compat.clear_graph_breaks()
     if form.stage == "decode":
         return _measure_decode(family, model, exact)
     call = Call(family, model)
     if form.path == "export":
         program = torch.export.export(call, (call.prompt(0),), strict=False)
-        compiled = torch.compile(program.module(), backend=graph_backend(), fullgraph=True)
+        compiled = torch.compile(program.module(), backend=graph_backend(), fullgraph=False)
     else:
-        compiled = torch.compile(call, backend=graph_backend(), fullgraph=True)
+        compiled = torch.compile(call, backend=graph_backend(), fullgraph=False)
     reference = Call(family, exact)
     return [_errors(compiled(ids), call(ids), reference(ids)) for ids in map(call.prompt, SEEDS)]
 
@@ -155,7 +164,7 @@ def _measure_decode(
     if family.name in families.ENCODER_DECODER or family.name in families.ENCODERS:
         raise _Unavailable("no decode step: the model, or this part of it, keeps no cache")
     call = Call(family, model)
-    compiled = torch.compile(model, backend=graph_backend(), fullgraph=True)
+    compiled = torch.compile(model, backend=graph_backend(), fullgraph=False)
     measured = []
     for seed in SEEDS:
         ids, following = call.prompt(seed), call.prompt(100 + seed, length=1)

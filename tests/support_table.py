@@ -89,7 +89,47 @@ def write_json(path: Path, results: list[Result]) -> None:
 
 
 def markdown(data: dict) -> str:
-    return json.dumps(data)
+    """The table: a row for each family, with what is left and why below it."""
+    rows: dict[str, list[dict]] = {}
+    for result in data["results"]:
+        if result["expected"]:
+            rows.setdefault(result["family"], []).append(result)
+    whole = [name for name, results in rows.items() if all(r["whole"] for r in results)]
+    wrong = [r for results in rows.values() for r in results if r["wrong"]]
+    lines = [
+        "# Supported models",
+        "",
+        "Made by `python tests/support_table.py`: every family of transformers "
+        f"{data['transformers']} with expert or delta-rule layers, as a tiny random model, on "
+        f"torch {data['torch']}. A layer counts where it is rewritten; the error is that of the "
+        "rewritten model against fp64, divided by eager's own (the largest over the forms; the "
+        "median of three prompts in each).",
+        "",
+        f"{len(whole)} of {len(rows)} families have every layer rewritten in every form; "
+        f"{len(wrong)} wrong results.",
+        "",
+        "| family | layers | forms | error / eager's | graphs |",
+        "|---|---|---|---|---|",
+    ]
+    notes = []
+    for name, results in rows.items():
+        layers = ", ".join(f"{n} {op}" for op, n in results[0]["expected"].items())
+        matched = sum(r["whole"] for r in results)
+        ratios = [
+            r["error"] / max(r["eager_error"], 1e-300) for r in results if r["error"] is not None
+        ]
+        ratio = f"{max(ratios):.2f}" if ratios else "-"
+        graphs = max(r["graphs"] for r in results)
+        lines.append(f"| {name} | {layers} | {matched}/{len(results)} | {ratio} | {graphs} |")
+        left = {r["form"]: r["reasons"] for r in results if not r["whole"]}
+        notes += [f"- **{name}**, {form}: {why(reasons)}" for form, reasons in left.items()]
+    if notes:
+        lines += ["", "## What is left, and why", "", *notes]
+    return "\n".join(lines) + "\n"
+
+
+def why(reasons: list[str]) -> str:
+    return "; ".join(dict.fromkeys(reasons[:2])) or "not found in the graph"
 
 
 if __name__ == "__main__":

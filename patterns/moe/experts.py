@@ -33,6 +33,7 @@ from inductor_moe.patterns.moe.site import ExpertsSite, Projection, replace_expe
 from inductor_moe.patterns.rewrite import Refusal, Rewrite
 from inductor_moe.patterns.walk import (
     aten,
+    dtype,
     gather,
     is_call,
     is_float_cast,
@@ -45,6 +46,7 @@ from inductor_moe.patterns.walk import (
     prims,
     same,
     sizes,
+    unrounded,
 )
 
 
@@ -167,8 +169,8 @@ class _Grouped:
 
     def column(self, factor: Any, order: str) -> fx.Node | None:
         if order != "sorted":
-            return pair_column(factor, order)
-        found = gather(peel_casts(factor))
+            return pair_column(factor, order, dtype(self.down))
+        found = gather(peel_casts(factor, dtype(self.down)))
         if found is None or peel(found[1]) is not self.perm or len(sizes(found[0])) != 1:
             return None
         return found[0]
@@ -236,7 +238,7 @@ class _Batched:
         return node
 
     def column(self, factor: Any, order: str) -> fx.Node | None:
-        return pair_column(factor, order)
+        return pair_column(factor, order, dtype(self.down))
 
     def token_rows(self, node: Any) -> tuple[fx.Node, int] | None:
         return repeated_rows(node)
@@ -278,7 +280,9 @@ def _read(block: _Grouped | _Batched) -> ExpertsSite:
         raise Refusal("the up projections have different inputs")
     x, top_k, input_weights = inputs.pop()
 
-    combine = Combine(down.value, block.column, block.unsort, block.order)
+    combine = Combine(
+        down.value, block.column, block.unsort, block.order, dtype(block.down), down.width_out
+    )
     if combine.top_k != top_k or not same(combine.tokens, sizes(x)[0]):
         raise Refusal(f"tokens are repeated {top_k} times but combined {combine.top_k} at a time")
     if combine.weights is not None and input_weights is not None:
@@ -328,8 +332,10 @@ def _read_input(block: _Grouped | _Batched, gemm: fx.Node) -> tuple[fx.Node, int
         unmasked = block.unmask(node)
         if unmasked is not node:
             node = unmasked
-        elif is_transparent(node) or is_float_cast(node):
+        elif is_transparent(node):
             node = node.args[0]
+        elif is_float_cast(node):
+            node = unrounded(node, dtype(gemm)).args[0]
         elif is_call(node, aten.mul.Tensor) and weights is None:
             node, weights = _split_weighted(block, node)
         else:

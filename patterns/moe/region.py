@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 
 from inductor_moe.patterns.moe.activation import is_row_wise
@@ -13,6 +14,7 @@ from inductor_moe.patterns.walk import (
     CASTS,
     SHAPES,
     aten,
+    dtype,
     gather,
     is_call,
     is_float_cast,
@@ -24,6 +26,7 @@ from inductor_moe.patterns.walk import (
     same,
     same_sizes,
     sizes,
+    unrounded,
 )
 
 
@@ -120,6 +123,8 @@ def region_between(ups: list[fx.Node], down: fx.Node) -> list[fx.Node]:
         node = frontier.pop()
         if node is down or node in region:
             continue
+        if is_float_cast(node):
+            unrounded(node, dtype(down))
         if not is_row_wise(node):
             source = next((a for a in node.all_input_nodes if a in region or a in ups), None)
             raise Refusal(
@@ -158,15 +163,22 @@ class Combine:
         column: Callable[[Any, str], fx.Node | None],
         unsort: Callable[[fx.Node, fx.Node], bool],
         order: str,
+        least: torch.dtype,
+        width: Any,
     ) -> None:
         """Walk; refuses what is not weight, reorder and sum.
 
         column  maps a factor and an order ("sorted" or "pairs") to routing weights in pair order
         unsort  whether a gather brings sorted rows back to pair order
+        least   the dtype of the GEMM: a cast that rounds more is refused
+        width   H
         """
         self.weights: fx.Node | None = None
-        self.order = order
-        node = rows
+        self.order, self.least = order, least
+        node, shape = rows, sizes(rows)
+        if order == "pairs" and len(shape) == 3 and same(shape[-1], width):
+            # With one token, or one expert a token, the dim of the slots may be there already.
+            self.tokens, self.top_k, self.order = shape[0], shape[1], "tokens"
         while True:
             user = sole_user(node)
             if is_call(user, aten.sum.dim_IntList) and self.order == "tokens":
@@ -196,7 +208,7 @@ class Combine:
             self.order = "pairs"
             return user
         if is_float_cast(user):
-            return user
+            return unrounded(user, self.least)
         if is_call(user, *SHAPES):
             shape, flat = sizes(user), sizes(node)
             if self.order == "pairs" and len(shape) == 3 and same(shape[-1], flat[-1]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from inductor_moe.patterns.walk import (
@@ -103,9 +104,9 @@ def is_inverse(node: Any, perm: Any) -> bool:
     )
 
 
-def pair_column(factor: Any, order: str) -> fx.Node | None:
+def pair_column(factor: Any, order: str, least: torch.dtype) -> fx.Node | None:
     """Routing weights in pair order from a factor [S, 1] ("pairs") or [T, K, 1] ("tokens")."""
-    node = peel_casts(factor)
+    node = peel_casts(factor, least)
     shape = sizes(factor)
     if not shape or not same(shape[-1], 1) or len(shape) != (3 if order == "tokens" else 2):
         return None

@@ -57,6 +57,10 @@ class Projection:
     def width_in(self) -> Any:
         return sizes(self.weight)[1 if self.transposed else 2]
 
+    @property
+    def width_out(self) -> Any:
+        return sizes(self.weight)[2 if self.transposed else 1]
+
 
 @dataclasses.dataclass(frozen=True)
 class ExpertsSite:
