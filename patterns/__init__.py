@@ -7,13 +7,14 @@ if __name__ == "patterns":
 
 from inductor_moe.patterns import quant
 from inductor_moe.patterns.delta_rule import decode, heads
-from inductor_moe.patterns.moe import called, dense, experts, router
+from inductor_moe.patterns.moe import called, dense, experts, gathered, router
 from inductor_moe.patterns.rewrite import Refusal, Rewrite
 
 ALL: tuple[Rewrite, ...] = (
     called.CALLED,
     experts.GROUPED,
     experts.BATCHED,
+    gathered.EINSUM,
     dense.DENSE,
     router.ROUTER,
     decode.DECODE,

@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
                 result = run(family, form)
                 results.append(result)
                 print(line(result), flush=True)
-        write_json(asked.json, results)
+                write_json(asked.json, results)
     text = markdown(json.loads(asked.json.read_text()))
     asked.markdown.parent.mkdir(parents=True, exist_ok=True)
     asked.markdown.write_text(text)

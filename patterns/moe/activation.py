@@ -135,7 +135,7 @@ def _keeps_rows(node: fx.Node) -> bool:
 
 
 def name_activation(region: list[fx.Node], up: fx.Node, h: fx.Node) -> Activation | None:
-    """The activation that the region computes from `up` [S, N] to `h` [S, I], or None.
+    """The activation that the region computes from `up` [.., N] to `h` [.., I], or None.
 
     region  the nodes between up and h in graph order, h included, up left out
     """
@@ -146,7 +146,7 @@ def name_activation(region: list[fx.Node], up: fx.Node, h: fx.Node) -> Activatio
     gated = width == 2 * inner
     if not gated and width != inner:
         return None
-    rows = sizes(up)[0]
+    rows = sizes(up)[:-1]
     with real_tensors():
         try:
             reading = _Reading(up, rows, width, gated)
@@ -172,11 +172,11 @@ class _Halves:
 
     first: torch.Tensor
     second: torch.Tensor
-    axis: str | None = None  # "half" for [S, 2, I], "parity" for [S, I, 2]
+    axis: str | None = None  # "half" for [.., 2, I], "parity" for [.., I, 2]
 
 
 class _Reading:
-    def __init__(self, up: fx.Node, rows: Any, width: int, gated: bool) -> None:
+    def __init__(self, up: fx.Node, rows: tuple[Any, ...], width: int, gated: bool) -> None:
         gate, up_half = probes()
         self.rows, self.width, self.gated = rows, width, gated
         self.layout: str | None = None
@@ -209,9 +209,9 @@ class _Reading:
         if not isinstance(value, _Halves) or value.axis is not None:
             raise _NotPointwise
         half = self.width // 2
-        if self.gated and same_sizes(sizes(node), (self.rows, 2, half)) and half != 2:
+        if self.gated and same_sizes(sizes(node), (*self.rows, 2, half)) and half != 2:
             return dataclasses.replace(value, axis="half")
-        if self.gated and same_sizes(sizes(node), (self.rows, half, 2)) and half != 2:
+        if self.gated and same_sizes(sizes(node), (*self.rows, half, 2)) and half != 2:
             return dataclasses.replace(value, axis="parity")
         raise _NotPointwise
 
@@ -227,7 +227,8 @@ class _Reading:
             return self.slice(node, value)
         layout = {"half": "chunked", "parity": "interleaved"}.get(value.axis or "")
         dim = node.args[1] % len(sizes(node.args[0]))
-        if layout is None or dim != (1 if value.axis == "half" else 2):
+        leading = len(self.rows)
+        if layout is None or dim != (leading if value.axis == "half" else leading + 1):
             raise _NotPointwise
         if is_call(node, aten.unbind.int):
             return dataclasses.replace(value, axis=None), layout

@@ -47,7 +47,7 @@ class Block:
 
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
-    "form": ("batched", "grouped"),
+    "form": ("batched", "grouped", "einsum"),
     "tokens": (7, 1, 2, 10),
     "top_k": (2, 1, 3),
     "inner": (8, 12),
