@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inductor_moe.aoti.packaging import aoti_compile_and_package, inductor_configs
+    from inductor_moe.bisection import bisect
     from inductor_moe.compiling import compile
     from inductor_moe.explanation import explain
     from inductor_moe.quant.checkpoint import load_quantized, save_quantized
@@ -25,6 +26,7 @@ _HOME = {
     "Quantization": "inductor_moe.quant.quantize",
     "Report": "inductor_moe.report",
     "Site": "inductor_moe.report",
+    "bisect": "inductor_moe.bisection",
     "compile": "inductor_moe.compiling",
     "explain": "inductor_moe.explanation",
     "load_quantized": "inductor_moe.quant.checkpoint",
@@ -40,6 +42,7 @@ __all__ = [
     "Site",
     "__version__",
     "aoti_compile_and_package",
+    "bisect",
     "compile",
     "explain",
     "inductor_configs",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -54,10 +56,15 @@ class Backend:
         if _needs_gradients(example_inputs):
             return self._leave_to_inductor(gm, example_inputs, patches, ours, inner_compile)
 
+        plain_patches = dict(patches)
+        original = fx.GraphModule(gm, copy.deepcopy(gm.graph)) if ours.verify else gm
         fusion = make_pass(ours, patches)
         key = _graph_key(gm, example_inputs, fusion, patches) if compat.caches_enabled() else None
         compiled = compat.compile_fx(gm, example_inputs, patches, inner_compile)
-        self._report(fusion, key, ours)
+        report = self._report(fusion, key, ours)
+        if ours.verify and report.matched:
+            plain = compat.compile_fx(original, example_inputs, plain_patches, inner_compile)
+            return self._verified(compiled, plain, original, report, ours)
         return compiled
 
     def reset(self) -> None:
@@ -86,7 +93,19 @@ class Backend:
         reporting.record(Report(notes=(note,)))
         return compat.compile_fx(gm, example_inputs, patches, inner_compile)
 
-    def _report(self, fusion: FusionPass, key: str | None, options: Options) -> None:
+    def _verified(
+        self, fused: Any, plain: Any, eager: fx.GraphModule, report: Report, options: Options
+    ) -> Any:
+        from inductor_moe.verification import Verified
+
+        def failed(text: str) -> None:
+            sites = tuple(dataclasses.replace(site, reason=text) for site in report.matched)
+            reporting.record(Report(sites=sites, notes=(text,)))
+
+        names = sorted({site.rewrite for site in report.matched})
+        return Verified(fused, plain, eager, names, options.strict, failed)
+
+    def _report(self, fusion: FusionPass, key: str | None, options: Options) -> Report:
         if fusion.reports:
             report = reporting.merge(fusion.reports)
             if key is not None:
@@ -101,6 +120,7 @@ class Backend:
         log.debug("%s", report)
         if options.strict:
             check_strict(report)
+        return report
 
 
 def check_strict(report: Report) -> None:
@@ -166,8 +186,6 @@ def _store(key: str, report: Report) -> None:
 
 
 def _load(key: str) -> Report | None:
-    import dataclasses
-
     from inductor_moe import compat
 
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):

@@ -198,6 +198,47 @@ def explain(
         raise typer.Exit(WRONG)
 
 
+@app.command(
+    epilog=_examples("bisect my_model.py", "bisect my_package.models:build --tolerance 0.001")
+)
+def bisect(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_SCRIPT",
+            help="As for explain: a function that returns (model, args) or (model, args, kwargs).",
+        ),
+    ],
+    tolerance: Annotated[
+        float, typer.Option(help="Relative distance from the result without any rewrite.")
+    ] = 1e-2,
+) -> None:
+    """Find the rewrite, and the site, that changes what a model returns.
+
+    The exit status is 1 if there is one.
+    """
+    from inductor_moe.targets import load
+
+    with _clear_errors(), _stage(f"bisect {target}", errors):
+        import torch
+
+        from inductor_moe.backend import inductor_moe
+        from inductor_moe.bisection import bisect as find
+
+        def run(options: Any) -> Any:
+            model, args, kwargs = load(target)
+            compiled = torch.compile(model, backend=inductor_moe, options=dict(options))
+            with torch.no_grad():
+                return compiled(*args, **kwargs)
+
+        culprits = find(run, tolerance)
+    for culprit in culprits:
+        console.print(escape(str(culprit)), soft_wrap=True)
+    if culprits:
+        raise typer.Exit(WRONG)
+    console.print("no rewrite changes the result")
+
+
 @app.command(epilog=_examples("doctor"))
 def doctor() -> None:
     """Check the environment, with a remedy for each finding.

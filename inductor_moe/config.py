@@ -19,10 +19,15 @@ class Options:
              without sites, a training graph
     disable  names or dotted prefixes of rewrites to leave out, for example
              ("moe.experts.batched_mm",) or ("moe",)
+    verify   run the first call of every rewritten graph with and without the rewrites; where
+             they disagree the rewrites are undone with a warning, or under strict it raises
+    limit    rewrite at most so many sites of a compile, in graph order within each rewrite
     """
 
     strict: bool = False
     disable: tuple[str, ...] = ()
+    verify: bool = False
+    limit: int | None = None
 
     def enabled(self, rewrite: str) -> bool:
         """Whether the rewrite of this name may run."""
@@ -58,6 +63,12 @@ def _check(name: str, value: Any) -> Any:
             )
         _check_rewrite_names(names)
         return tuple(names)
+    if name == "limit":
+        if value is not None and (type(value) is not int or value < 0):
+            raise UnknownOptionError(
+                f"{PREFIX}limit must be None or a number of sites, got {value!r}"
+            )
+        return value
     if not isinstance(value, bool):
         raise UnknownOptionError(f"{PREFIX}{name} must be True or False, got {value!r}")
     return value

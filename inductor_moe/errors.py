@@ -17,6 +17,14 @@ class QuantizationError(InductorMoeError, ValueError):
     """A model or a checkpoint that cannot be quantised, saved or loaded as asked."""
 
 
+class VerificationError(InductorMoeError, RuntimeError):
+    """Under ``verify`` and ``strict``: a rewritten graph computed something else."""
+
+
+class VerificationWarning(UserWarning):
+    """Under ``verify``: a rewritten graph computed something else and was undone."""
+
+
 class TrainingGraphWarning(UserWarning):
     """A graph traced with gradients was left to Inductor."""
 

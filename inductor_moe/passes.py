@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -42,9 +43,16 @@ class FusionPass(compat.graph_pass_base()):  # type: ignore[misc]
         for user_pass in self.user_passes:
             user_pass(graph)
         lowerings.install()
-        sites = rewrite(graph, self.options)
+        sites = rewrite(graph, self._remaining())
         with self._lock:
             self.reports.append(Report(sites=tuple(sites)))
+
+    def _remaining(self) -> Options:
+        """The options with the limit less the sites that earlier graphs of this compile took."""
+        if self.options.limit is None:
+            return self.options
+        taken = sum(len(report.matched) for report in self.reports)
+        return dataclasses.replace(self.options, limit=max(0, self.options.limit - taken))
 
     def __deepcopy__(self, memo: Any) -> FusionPass:
         # AOTInductor copies its config patches; the reports must come back to the caller's pass.
@@ -70,11 +78,11 @@ def rewrite(graph: fx.Graph, options: Options) -> list[Site]:
     for form in ALL:
         if not options.enabled(form.name):
             continue
-        found.extend(
-            (anchor, _rewrite_site(graph, form, anchor, taken, options))
-            for anchor in list(form.anchors(graph))
-            if anchor not in taken
-        )
+        for anchor in list(form.anchors(graph)):
+            if options.limit is not None and sum(s.matched for _, s in found) >= options.limit:
+                break
+            if anchor not in taken:
+                found.append((anchor, _rewrite_site(graph, form, anchor, taken, options)))
         # What a rewrite replaced must not count as a user of what the next one reads.
         graph.eliminate_dead_code()
     # One form's refusal says nothing where another form fused the same site.

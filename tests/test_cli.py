@@ -52,7 +52,7 @@ def script(tmp_path):
     return file
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("explain",), ("doctor",)])
+@pytest.mark.parametrize("command", [(), ("demo",), ("explain",), ("bisect",), ("doctor",)])
 def test_help_has_examples(invoke, command):
     result = invoke(*command, "--help")
     assert result.exit_code == 0, result.output
@@ -122,6 +122,12 @@ def test_explain_prints_json_alone(invoke, script):
     result = invoke("explain", f"{script}:plain", "--json", "-")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["counts"] == {}
+
+
+def test_bisect_finds_nothing_in_a_plain_model(invoke, script):
+    result = invoke("bisect", f"{script}:plain")
+    assert result.exit_code == 0, result.output
+    assert "no rewrite changes the result" in result.output
 
 
 def test_explain_strict_fails_without_sites(invoke, script):

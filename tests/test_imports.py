@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # Each layer and the layers that it may import besides its own modules and the leaves.
 ALLOWED = {
     "aoti": {"backend"},
-    "backend": {"passes", "capture"},
+    "backend": {"passes", "capture", "verification"},
     "passes": {"capture", "patterns", "lowerings", "tiles"},
     "capture": {"backend", "ops"},
     "patterns": {"ops"},
@@ -25,6 +25,7 @@ ALLOWED = {
     "quant": {"ops", "reference"},
     "tiles": set(),
     "quant_tiles": {"tiles"},
+    "verification": set(),
     "kernels": set(),
     "reference": set(),
 }
@@ -40,8 +41,8 @@ ROUTES = {
 }
 # Above the layers: what a user calls. No layer imports these, and they may import anything.
 SURFACE = {
-    "__init__", "bench", "cli", "compiling", "demo", "doctor", "explanation", "report_html",
-    "targets", "testing",
+    "__init__", "bench", "bisection", "cli", "compiling", "demo", "doctor", "explanation",
+    "report_html", "targets", "testing",
 }  # fmt: skip
 
 PRIVATE = ("torch._", "functorch")
