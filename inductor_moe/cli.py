@@ -226,6 +226,7 @@ def bisect(
         from inductor_moe.bisection import bisect as find
 
         def run(options: Any) -> Any:
+            torch.manual_seed(0)  # a model with random weights gets the same ones every time
             model, args, kwargs = load(target)
             compiled = torch.compile(model, backend=inductor_moe, options=dict(options))
             with torch.no_grad():
