@@ -48,6 +48,15 @@ FORMS = tuple(
     if (path, stage) != ("export", "decode")
 )
 
+# Each experts form, stage, dtype and path at least once.
+FEW = (
+    "compile prefill grouped_mm bf16",
+    "compile prefill batched_mm fp32",
+    "compile decode batched_mm bf16",
+    "compile decode grouped_mm fp32",
+    "export prefill grouped_mm bf16",
+)
+
 
 @dataclasses.dataclass
 class Result:

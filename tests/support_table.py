@@ -19,17 +19,9 @@ from pathlib import Path
 import families
 import torch
 import transformers
-from support_cases import FORMS, Result, run
+from support_cases import FEW, FORMS, Result, run
 
 ROOT = Path(__file__).resolve().parent.parent
-# Each experts form, stage, dtype and path at least once.
-FEW = (
-    "compile prefill grouped_mm bf16",
-    "compile prefill batched_mm fp32",
-    "compile decode batched_mm bf16",
-    "compile decode grouped_mm fp32",
-    "export prefill grouped_mm bf16",
-)
 
 
 def main(arguments: list[str]) -> int:
