@@ -98,7 +98,8 @@ def markdown(data: dict) -> str:
         "median of three prompts in each). A model with graph breaks has several graphs; one of "
         "them may serve several layers.",
         "",
-        f"{len(whole)} of {len(rows)} families have every layer rewritten in every form that was run; "
+        f"{len(whole)} of {len(rows)} families have every layer rewritten in every form "
+        "that was run; "
         f"{len(wrong)} wrong results.",
         "",
         "| family | layers | forms | error / eager's | graphs |",
