@@ -9,8 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from inductor_moe.aoti.generation import export_generation
     from inductor_moe.aoti.packaging import aoti_compile_and_package, inductor_configs
+    from inductor_moe.aoti.runner import load_generation
     from inductor_moe.bisection import bisect
+    from inductor_moe.capture.delta_rule import capture_for_export
     from inductor_moe.compiling import compile
     from inductor_moe.explanation import explain
     from inductor_moe.quant.checkpoint import load_quantized, save_quantized
@@ -24,6 +27,9 @@ _HOME = {
     "aoti_compile_and_package": "inductor_moe.aoti.packaging",
     "inductor_configs": "inductor_moe.aoti.packaging",
     "Quantization": "inductor_moe.quant.quantize",
+    "export_generation": "inductor_moe.aoti.generation",
+    "load_generation": "inductor_moe.aoti.runner",
+    "capture_for_export": "inductor_moe.capture.delta_rule",
     "Report": "inductor_moe.report",
     "Site": "inductor_moe.report",
     "bisect": "inductor_moe.bisection",
@@ -43,9 +49,12 @@ __all__ = [
     "__version__",
     "aoti_compile_and_package",
     "bisect",
+    "capture_for_export",
     "compile",
     "explain",
+    "export_generation",
     "inductor_configs",
+    "load_generation",
     "load_quantized",
     "quantize_",
     "randomize_",

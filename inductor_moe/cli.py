@@ -240,6 +240,26 @@ def bisect(
     console.print("no rewrite changes the result")
 
 
+@app.command(epilog=_examples("package --check model.pt2"))
+def package(
+    check: Annotated[Path, typer.Option(metavar="FILE", help="The .pt2 to look into.")],
+) -> None:
+    """List a package's methods, constants, kernels and GPU architecture.
+
+    The exit status is 1 if the package needs Python.
+    """
+    from inductor_moe.aoti.audit import inspect
+
+    with _clear_errors():
+        contents = inspect(check)
+    console.print(escape(str(contents)), soft_wrap=True)
+    if contents.python_ops:
+        errors.print(
+            f"[bold red]needs Python:[/] {escape(', '.join(contents.python_ops))}", soft_wrap=True
+        )
+        raise typer.Exit(WRONG)
+
+
 @app.command(epilog=_examples("doctor"))
 def doctor() -> None:
     """Check the environment, with a remedy for each finding.

@@ -25,6 +25,18 @@ class VerificationWarning(UserWarning):
     """Under ``verify``: a rewritten graph computed something else and was undone."""
 
 
+class ExportError(InductorMoeError, RuntimeError):
+    """A model that export_generation cannot take, or an argument of it that is off."""
+
+
+class PackageError(InductorMoeError, RuntimeError):
+    """A package that needs Python, is damaged, or does not fit this version or device."""
+
+
+class GenerationError(InductorMoeError, ValueError):
+    """A prompt or a setting that a generation package cannot serve."""
+
+
 class TrainingGraphWarning(UserWarning):
     """A graph traced with gradients was left to Inductor."""
 

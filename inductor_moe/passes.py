@@ -37,6 +37,7 @@ class FusionPass(compat.graph_pass_base()):  # type: ignore[misc]
         self.options = options
         self.user_passes = compat.graph_passes(user_pass)
         self.reports: list[Report] = []
+        self.origins: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -46,6 +47,7 @@ class FusionPass(compat.graph_pass_base()):  # type: ignore[misc]
         sites = rewrite(graph, self._remaining())
         with self._lock:
             self.reports.append(Report(sites=tuple(sites)))
+            self.origins.update(_origins(graph))
 
     def _remaining(self) -> Options:
         """The options with the limit less the sites that earlier graphs of this compile took."""
@@ -65,6 +67,16 @@ class FusionPass(compat.graph_pass_base()):  # type: ignore[misc]
             return None
         text = f"{source_hash()} {self.options!r} {user!r}"
         return hashlib.sha256(text.encode()).digest()
+
+
+def _origins(graph: fx.Graph) -> dict[str, str]:
+    """Where the first call of each op from outside PyTorch came from."""
+    found: dict[str, str] = {}
+    for node in graph.nodes:
+        if isinstance(node.target, compat.op_overload_type()) and node.target.namespace != "aten":
+            where = " at ".join(part for part in (module_of(node), source_of(node)) if part)
+            found.setdefault(node.target.name().split(".")[0], where)
+    return found
 
 
 def rewrite(graph: fx.Graph, options: Options) -> list[Site]:

@@ -8,6 +8,9 @@ from inductor_moe import compat
 from inductor_moe.lowerings.trace import lower
 from inductor_moe.ops import delta_rule as ops
 from inductor_moe.reference import delta_rule as reference
+from inductor_moe.reference.delta_scan import delta_rule_scan
+
+UNROLLED = 128  # tokens whose chunks still unroll into a graph of reasonable size
 
 
 def register() -> None:
@@ -19,7 +22,12 @@ def register() -> None:
 def delta_rule_lowering(q: Any, *args: Any) -> Any:
     """The implementation that is traced into the graph."""
     if not compat.runs_triton_kernels(q.device):
-        return reference.delta_rule(q, *args)
+        tokens = q.shape[1]
+        if not compat.is_symbolic(tokens) and tokens <= UNROLLED:
+            return reference.delta_rule(q, *args)
+        bound = compat.upper_bound(tokens)
+        assert bound is not None
+        return delta_rule_scan(q, *args[:7], max_tokens=bound)
     from inductor_moe.kernels.delta_rule import delta_rule
 
     hint: dict[str, Any] = {"tokens_hint": compat.size_hint(q.shape[1])}
@@ -36,8 +44,15 @@ def delta_decode_lowering(qkv: Any, *args: Any) -> Any:
 
 
 def _traceable(q: Any, *args: Any) -> bool:
-    """Whether the op's body can be traced: without kernels, a symbolic T has no static loop."""
+    """Whether the op's body can be traced, where there are no kernels for it.
+
+    A package must do without the op's eager kernel, so there the count of chunks may be symbolic
+    (with a bound); under torch.compile the eager kernel is the faster of the two.
+    """
     if compat.runs_triton_kernels(q.device):
         return True
-    packed = len(args) > 7 and args[7] is not None
-    return not packed and not compat.is_symbolic(q.shape[1]) and q.shape[1] <= 128
+    if len(args) > 7 and args[7] is not None:
+        return False
+    if compat.packaging():
+        return compat.upper_bound(q.shape[1]) is not None
+    return not compat.is_symbolic(q.shape[1]) and q.shape[1] <= UNROLLED

@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 
 from inductor_moe import compat
 from inductor_moe import report as reporting
+from inductor_moe.aoti import audit
 from inductor_moe.backend import check_strict, make_pass
 from inductor_moe.config import parse
 
@@ -21,7 +22,7 @@ def inductor_configs(options: Mapping[str, Any] | None = None) -> dict[str, Any]
     returns  a new dict, for ``torch._inductor.aoti_compile_and_package(inductor_configs=...)``;
              use it for one package: the pass in it collects the report of one compile
     """
-    return _configs(options)[0]
+    return fused_configs(options)[0]
 
 
 def aoti_compile_and_package(
@@ -37,18 +38,21 @@ def aoti_compile_and_package(
     package_path      where to write the .pt2; its path is returned
     inductor_configs  Inductor's settings, as in PyTorch's function
     options           ours (``inductor_moe.*``), and Inductor's too
-    The report is appended to inductor_moe.reports(). Raises StrictError under ``strict``.
+    The report is appended to inductor_moe.reports(). Raises StrictError under ``strict``,
+    PackageError if the package would need Python.
     """
-    patches, fusion, ours = _configs({**(inductor_configs or {}), **(options or {})})
+    patches, fusion, ours = fused_configs({**(inductor_configs or {}), **(options or {})})
     path = compat.aoti_compile_and_package(exported_program, package_path, patches)
     report = reporting.merge(fusion.reports)
     reporting.record(report)
     if ours.strict:
         check_strict(report)
+    audit.check_package(path, fusion.origins)
     return path
 
 
-def _configs(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], Any, Any]:
+def fused_configs(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], Any, Any]:
+    """Inductor's patches with our pass in them, the pass, our options."""
     ours, inductor = parse(options)
     patches = compat.inductor_config(None, inductor)
     return patches, make_pass(ours, patches), ours

@@ -8,9 +8,12 @@ still run the original body.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -139,6 +142,54 @@ def _substitute(module: types.ModuleType) -> None:
         torch.compiler.substitute_in_graph(function, skip_signature_check=True)(
             make(_copied(function))
         )
+
+
+@contextlib.contextmanager
+def capture_for_export() -> Iterator[None]:
+    """Within the block, transformers' delta-rule functions are one op each.
+
+    For torch.export, which (with strict=False) runs the model as plain Python:
+
+        with torch.no_grad(), inductor_moe.capture_for_export():
+            exported = torch.export.export(model, args, strict=False)
+
+    Replaces the functions in the globals of every transformers model module that is loaded, and
+    puts them back at the end. Calls with gradients enabled still run the original bodies. The
+    replacement is seen by every thread.
+    """
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for module_name, module in list(sys.modules.items()):
+            if not module_name.startswith(MODULES):
+                continue
+            for name in SUBSTITUTES:
+                function = vars(module).get(name)
+                if isinstance(function, types.FunctionType):
+                    replaced.append((vars(module), name, function))
+                    vars(module)[name] = _for_export(function)
+        yield
+    finally:
+        for names, name, function in replaced:
+            names[name] = function
+
+
+def _for_export(original: Function) -> Function:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Result:
+        if torch.is_grad_enabled():
+            return original(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        return _run(
+            given["query"], given["key"], given["value"], given["g"], given["beta"],
+            given["initial_state"], given["output_final_state"],
+            given["use_qk_l2norm_in_kernel"], given.get("kwargs", {}).get("cu_seqlens"),
+        )  # fmt: skip
+
+    return call
 
 
 def _copied(function: types.FunctionType) -> Any:

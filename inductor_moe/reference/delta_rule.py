@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -147,28 +147,38 @@ def decayed_products(q: Tensor, k: Tensor, g: Tensor | None) -> tuple[Tensor, Te
     return kk, qk
 
 
-def delta_rule_chunk(
+class ChunkFactors(NamedTuple):
+    """What a chunk does to the state S before it, for all N chunks of size C at once.
+
+    D = solve (values - key_start S); outputs query_start S + qk D; next state whole S + key_end D.
+    """
+
+    values: Tensor  # [B, HV, N, C, V]
+    solve: Tensor  # [B, HV, N, C, C]
+    qk: Tensor  # [B, HV, N, C, C]
+    key_start: Tensor  # [B, HV, N, C, K]
+    query_start: Tensor  # [B, HV, N, C, K]
+    key_end: Tensor  # [B, HV, N, K, C]
+    whole: Tensor  # [B, HV, N, K or 1, 1]
+
+
+def chunk_factors(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
     beta: Tensor,
-    state: Tensor | None,
     scale: float,
-    l2norm_eps: float | None = None,
-    chunk: int = CHUNK,
-) -> tuple[Tensor, Tensor]:
-    """The same function by chunks: products inside a chunk, a serial pass over their states.
+    l2norm_eps: float | None,
+    chunk: int,
+    padding: int,
+    dtype: torch.dtype,
+) -> ChunkFactors:
+    """The parts of `delta_rule_chunk` that do not depend on the state.
 
-    With G the running log decay of a chunk and A = beta * (k k^T * exp(G_i - G_j)) below the
-    diagonal, the writes are D = (I + A)^-1 beta (v - exp(G) k S), the outputs
-    scale * (exp(G) q S + (q k^T * exp(G_i - G_j)) D), the next state
-    exp(G_C) S + (k exp(G_C - G))^T D.
-    Shapes and results as `inductor_moe::delta_rule`.
+    padding  tokens to append, which change nothing; T + padding is a multiple of chunk
     """
-    dtype = compute_dtype(q, v, state)
-    value_heads, tokens = v.shape[2], q.shape[1]
-    padding = -tokens % chunk
+    value_heads = v.shape[2]
 
     def chunked(x: Tensor) -> Tensor:  # [B, T, HV, ...] -> [B, HV, N, C, ...]
         x = F.pad(x.to(dtype), (0, 0) * (x.dim() - 2) + (0, padding))
@@ -198,14 +208,38 @@ def delta_rule_chunk(
     solve = unit_lower_inverse(kk * strength) * strength.transpose(-1, -2)
     key_start, query_start = keys * from_start, queries * from_start
     key_end, whole = (keys * to_end).transpose(-1, -2), whole.transpose(-1, -2)
+    return ChunkFactors(values, solve, qk, key_start, query_start, key_end, whole)
 
+
+def delta_rule_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    state: Tensor | None,
+    scale: float,
+    l2norm_eps: float | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """The same function by chunks: products inside a chunk, a serial pass over their states.
+
+    With G the running log decay of a chunk and A = beta * (k k^T * exp(G_i - G_j)) below the
+    diagonal, the writes are D = (I + A)^-1 beta (v - exp(G) k S), the outputs
+    scale * (exp(G) q S + (q k^T * exp(G_i - G_j)) D), the next state
+    exp(G_C) S + (k exp(G_C - G))^T D.
+    Shapes and results as `inductor_moe::delta_rule`.
+    """
+    dtype = compute_dtype(q, v, state)
+    padding = -q.shape[1] % chunk
+    f = chunk_factors(q, k, v, g, beta, scale, l2norm_eps, chunk, padding, dtype)
     current = initial_state(q, v, state, dtype)
     outputs = []
-    for i in range(values.shape[2]):
-        delta = solve[:, :, i] @ (values[:, :, i] - key_start[:, :, i] @ current)
-        outputs.append(query_start[:, :, i] @ current + qk[:, :, i] @ delta)
-        current = current * whole[:, :, i] + key_end[:, :, i] @ delta
-    out = torch.cat(outputs, 2)[:, :, :tokens].transpose(1, 2)
+    for i in range(f.values.shape[2]):
+        delta = f.solve[:, :, i] @ (f.values[:, :, i] - f.key_start[:, :, i] @ current)
+        outputs.append(f.query_start[:, :, i] @ current + f.qk[:, :, i] @ delta)
+        current = current * f.whole[:, :, i] + f.key_end[:, :, i] @ delta
+    out = torch.cat(outputs, 2)[:, :, : q.shape[1]].transpose(1, 2)
     return out.to(v.dtype).contiguous(), current.to(state_dtype(v, state))
 
 

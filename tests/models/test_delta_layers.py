@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 
 import pytest
 import torch
@@ -126,3 +127,25 @@ def test_capture_can_be_taken_back():
     finally:
         delta_rule.install()
     assert counts == [1, 0, 1]
+
+
+def test_capture_for_export_ends_with_its_block():
+    import inductor_moe
+
+    family = next(family for family in zoo.DELTA if family.name == "qwen3_5_text")
+    model, ids = built(family), zoo.prompt(built(family), 16, seed=1)
+    names = vars(sys.modules[type(model).__module__])
+    before = names["torch_chunk_gated_delta_rule"]
+
+    def exported():
+        with torch.no_grad():
+            program = torch.export.export(model, (ids,), {"use_cache": False}, strict=False)
+        return [str(node.target) for node in program.graph.nodes]
+
+    with pytest.raises(RuntimeError, match="inside"), inductor_moe.capture_for_export():
+        assert names["torch_chunk_gated_delta_rule"] is not before
+        raise RuntimeError("inside")
+    assert names["torch_chunk_gated_delta_rule"] is before
+    with inductor_moe.capture_for_export():
+        assert exported().count("inductor_moe.delta_rule.default") == 1
+    assert not any("inductor_moe" in target for target in exported())

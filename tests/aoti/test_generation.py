@@ -1,0 +1,278 @@
+"""Generation packages: eager's tokens, in Python and C++, session by session; errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+
+import packages
+import pytest
+import torch
+import zoo
+
+import inductor_moe
+from inductor_moe.aoti import archive, audit
+from inductor_moe.aoti.random import uniforms
+from inductor_moe.aoti.sampling import next_token
+from inductor_moe.errors import ExportError, GenerationError, PackageError
+
+FAMILIES = [
+    pytest.param("qwen3_5_moe_text"),
+    pytest.param("qwen3_moe", marks=pytest.mark.slow),
+    pytest.param("gpt_oss", marks=pytest.mark.slow),
+    pytest.param("qwen3_next", marks=pytest.mark.slow),
+    pytest.param("mixtral", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """name -> (model, package), each made once."""
+    folder, known = tmp_path_factory.mktemp("packages"), {}
+
+    def make(name):
+        if name not in known:
+            model = packages.build(name)
+            path = folder / f"{name}.pt2"
+            inductor_moe.export_generation(model, path, packages.ROOM, options=packages.FAST)
+            known[name] = (model, path)
+        return known[name]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    for program in ("cmake", "c++"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    return packages.cpp_runner(tmp_path_factory.mktemp("cpp"))
+
+
+def prompts(model):
+    return [zoo.prompt(model, length, seed=length) for length in packages.LENGTHS]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_equal_eagers(tmp_path, made, runner, name):
+    model, path = made(name)
+    given = prompts(model)
+    expected = [packages.eager_tokens(model, ids) for ids in given]
+    loaded = inductor_moe.load_generation(path)
+    elsewhere = packages.run_elsewhere(path, tmp_path, given)
+    for ids, tokens, found in zip(given, expected, elsewhere, strict=True):
+        assert found.tolist() == tokens.tolist(), f"elsewhere, prompt of {ids.shape[1]}"
+        again = loaded.generate(ids, packages.STEPS, eos_token_ids=())
+        assert again.tolist() == tokens.tolist(), f"in Python, prompt of {ids.shape[1]}"
+        (row,), _ = packages.run_cpp(
+            runner, path, ids, "--ignore-eos", "--max-new-tokens", str(packages.STEPS)
+        )
+        assert [row] == tokens.tolist(), f"in C++, prompt of {ids.shape[1]}"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sessions_do_not_meet(made, name):
+    model, path = made(name)
+    loaded = inductor_moe.load_generation(path)
+    given = [zoo.prompt(model, length, seed=90 + length) for length in (70, 3)]
+    alone = [loaded.generate(ids, 12, eos_token_ids=()) for ids in given]
+    sessions = [loaded.session() for _ in given]
+    streams = [
+        session.stream(ids, 12, eos_token_ids=())
+        for session, ids in zip(sessions, given, strict=True)
+    ]
+    pairs = list(zip(*streams, strict=True))
+    for found, expected in zip(zip(*pairs, strict=True), alone, strict=True):
+        assert torch.stack(found, 1).tolist() == expected.tolist()
+    sessions[0].reset()
+    assert sessions[0].generate(given[1], 12, eos_token_ids=()).tolist() == alone[1].tolist()
+
+
+def test_a_session_goes_on_where_it_was(made):
+    model, path = made("qwen3_5_moe_text")
+    loaded = inductor_moe.load_generation(path)
+    whole = zoo.prompt(model, 100, seed=4)
+    expected = loaded.generate(whole, 8, eos_token_ids=())
+    session = loaded.session()
+    session.generate(whole[:, :37], 1)  # the one token is not appended to the session
+    assert session.tokens_used == 37
+    assert session.generate(whole[:, 37:], 8, eos_token_ids=()).tolist() == expected.tolist()
+
+
+def test_runners_draw_the_same_tokens(made, runner):
+    model, path = made("qwen3_5_moe_text")
+    loaded = inductor_moe.load_generation(path)
+    ids = zoo.prompt(model, 9, seed=9)
+    settings = {"temperature": 1.3, "top_p": 0.9, "eos_token_ids": ()}
+    drawn = {seed: loaded.generate(ids, 24, seed=seed, **settings).tolist() for seed in (7, 8)}
+    assert drawn[7] == loaded.generate(ids, 24, seed=7, **settings).tolist()
+    assert drawn[7] != drawn[8]
+    options = ("--temperature", "1.3", "--top-p", "0.9", "--seed", "7", "--ignore-eos",
+               "--max-new-tokens", "24", "--sessions", "2", "--warmup", "1")  # fmt: skip
+    rows, output = packages.run_cpp(runner, path, ids, *options)
+    assert rows == [drawn[7][0], drawn[8][0]]
+    assert "prefill" in output and "decode" in output and "tokens/s" in output
+
+
+def test_weights_are_stored_once_and_the_package_needs_no_python(made):
+    model, path = made("qwen3_5_moe_text")
+    contents = audit.inspect(path)
+    assert [method.name for method in contents.methods] == ["decode", "prefill"]
+    assert contents.python_ops == ()
+    # The embedding and the head may be tied: what counts is memory.
+    own = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()
+    }
+    stored = sum(contents.metadata.weight_bytes)
+    assert sum(own.values()) <= stored < 1.05 * sum(own.values())
+    for method in contents.methods:
+        assert method.kernels and "cpu" in method.device
+        assert set(method.constants) == set(contents.metadata.methods[method.name])
+
+
+def test_generation_stops_at_the_end_of_text(made):
+    model, path = made("qwen3_5_moe_text")
+    loaded = inductor_moe.load_generation(path)
+    ids = zoo.prompt(model, 5, seed=5)
+    free = loaded.generate(ids, 20, eos_token_ids=())[0].tolist()
+    end = free[6]
+    stopped = loaded.generate(ids, 20, eos_token_ids=(end,))[0].tolist()
+    assert stopped == free[: free.index(end) + 1]
+
+
+@pytest.mark.parametrize(
+    "ids, count, settings, message",
+    [
+        ([[1, 2]], 400, {}, "max_seq_len 288"),
+        ([[1, 2], [3, 4]], 1, {}, "takes 1 rows"),
+        ([1, 96], 1, {}, r"in \[0, 96\)"),
+        ([], 1, {}, "integers|at least one token"),
+        ([1.5], 1, {}, "integers"),
+        ([1], 0, {}, "max_new_tokens is 0"),
+        ([1], 1, {"temperature": -1.0}, "temperature is -1"),
+        ([1], 1, {"top_p": 0.0}, "top_p is 0"),
+    ],
+)
+def test_bad_calls_are_named(made, ids, count, settings, message):
+    loaded = inductor_moe.load_generation(made("qwen3_5_moe_text")[1])
+    with pytest.raises(GenerationError, match=message):
+        loaded.generate(ids, count, **settings)
+
+
+def damaged(path, folder, kind):
+    """A copy of a package with something wrong with it, and what the errors must say."""
+    copy = folder / f"{kind}.pt2"
+    if kind == "missing":
+        return copy, "no such file"
+    content = path.read_bytes()
+    if kind == "truncated":
+        copy.write_bytes(content[: len(content) // 2])
+        return copy, "cut off"
+    if kind == "empty":
+        copy.write_bytes(b"")
+        return copy, "cut off"
+    replaced = {
+        "newer": (b'"format": 1,', b'"format": 2,', "has format 2"),
+        "elsewhere": (b'"device": "cpu"', b'"device": "mps"', "mps"),
+    }
+    old, new, message = replaced[kind]
+    rewritten = content.replace(old, new)
+    assert rewritten != content and len(rewritten) == len(content)
+    copy.write_bytes(with_checksum(rewritten, archive.METADATA.encode()))
+    return copy, message
+
+
+def with_checksum(content, name):
+    """The zip with the CRC of one stored record made right, in both places that have it."""
+    import io
+    import zipfile
+    import zlib
+
+    with zipfile.ZipFile(io.BytesIO(content)) as file:
+        info = next(i for i in file.infolist() if i.filename.encode().endswith(name))
+    at = info.header_offset
+    names, extra = struct.unpack_from("<HH", content, at + 26)
+    start = at + 30 + names + extra
+    checksum = struct.pack("<I", zlib.crc32(content[start : start + info.file_size]))
+    return content.replace(struct.pack("<I", info.CRC), checksum)
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "empty", "newer", "elsewhere"])
+def test_a_package_that_cannot_be_used_is_refused(tmp_path, made, runner, kind):
+    _, path = made("qwen3_5_moe_text")
+    copy, message = damaged(path, tmp_path, kind)
+    with pytest.raises(PackageError, match=message):
+        inductor_moe.load_generation(copy)
+    command = [str(runner), "--package", str(copy), "--prompt-ids", "1,2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--prompt-ids", "1,x"), "must be an integer"),
+        (("--prompt-ids", "1,96"), "outside the vocabulary"),
+        (("--prompt-ids", "1", "--max-new-tokens", "400"), "max_seq_len 288"),
+        (("--prompt-ids", "1", "--cuda-graph"), "--cuda-graph"),
+        (("--prompt", "hello"), "no tokenizer"),
+        (("--prompt-ids", "1", "--top-p", "2"), "--top-p"),
+        (("--nonsense", "1"), "unknown option"),
+    ],
+)
+def test_bad_arguments_of_the_runner_are_named(made, runner, options, message):
+    command = [str(runner), "--package", str(made("qwen3_5_moe_text")[1]), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "change, arguments, message",
+    [
+        (lambda model: model.train(), (288,), "model.eval"),
+        (lambda model: model, (1024,), "max_position_embeddings is 512"),
+        (lambda model: model, (2,), "max_seq_len is 2"),
+        (lambda model: model, (288, 0), "batch_size is 0"),
+        (lambda model: torch.nn.Linear(2, 2).eval(), (288,), "causal LM"),
+    ],
+)
+def test_what_cannot_be_exported_is_named(tmp_path, change, arguments, message):
+    model = change(packages.build("qwen3_moe"))
+    with pytest.raises(ExportError, match=message):
+        inductor_moe.export_generation(model, tmp_path / "m.pt2", *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_metadata_survives_its_file(made):
+    metadata = archive.Archive(made("qwen3_5_moe_text")[1]).metadata()
+    assert archive.Metadata.from_json(metadata.to_json()) == metadata
+    assert json.loads(metadata.to_json())["format"] == archive.FORMAT
+
+
+def test_sampling_follows_the_distribution():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0])
+    rows = 20000
+    draws = uniforms(3, rows, 1)[:, 0]
+    full, temperature = torch.ones(rows), torch.full((rows,), 0.7)
+    tokens = next_token(logits.expand(rows, 5), temperature, full, draws)
+    probabilities = torch.softmax(logits / 0.7, -1)
+    found = torch.bincount(tokens, minlength=5) / rows
+    deviation = (probabilities * (1 - probabilities) / rows).sqrt()
+    assert ((found - probabilities).abs() <= 4 * deviation + 1e-4).all()
+    nucleus = next_token(logits.expand(rows, 5), temperature, full * 0.9, draws)
+    assert set(nucleus.tolist()) == {0, 1}  # 0.76 and 0.18
+    single = next_token(logits.expand(rows, 5), temperature, full * 0.5, draws)
+    assert set(single.tolist()) == {0}
+
+
+def test_temperature_zero_is_greedy_row_by_row():
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    temperature = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    high = torch.full((4,), 1 - 2.0**-24)
+    tokens = next_token(logits, temperature, torch.ones(4), high)
+    assert tokens[0] == logits[0].argmax() and tokens[2] == logits[2].argmax()
+    assert tokens[1] == logits[1].argmin() and tokens[3] == logits[3].argmin()
