@@ -48,7 +48,8 @@ def cpp_runner(folder):
     """The C++ runner, built in a folder."""
     for command in (
         ["cmake", "-S", str(ROOT / "examples/cpp_runner"), "-B", str(folder),
-         f"-DPython3_EXECUTABLE={sys.executable}"],
+         f"-DPython3_EXECUTABLE={sys.executable}",
+         "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_UNITY_BUILD=ON"],
         ["cmake", "--build", str(folder), "--parallel"],
     ):  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)

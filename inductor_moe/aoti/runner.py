@@ -167,7 +167,8 @@ class Session:
         top_p          in (0, 1]: draw from the most likely tokens that together reach it
         seed           the same seed, prompt and package give the same tokens
         eos_token_ids  end when every row has had one of them; None: the model's own; (): never
-        yields [B] int64 on the CPU
+        yields [B] int64 on the CPU; a step runs when its token is asked for. The last token is
+        not in the session yet: a prompt that goes on from it begins with it
         Raises GenerationError for bad arguments, or if the tokens do not fit the session.
         """
         prompt = self._check(ids, max_new_tokens, temperature, top_p)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import inductor_moe
+from inductor_moe.aoti.audit import inspect
+from inductor_moe.cli import app
 from inductor_moe.ops.delta_rule import delta_rule
 from inductor_moe.reference.delta_rule import delta_rule_recurrent
 from inductor_moe.reference.delta_scan import delta_rule_scan
@@ -70,6 +73,12 @@ def test_a_dynamic_delta_rule_needs_no_python(tmp_path):
             (found,) = run(*inputs)
             torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(inputs[-1].double(), state, rtol=1e-5, atol=1e-5)
+    (method,) = inspect(path).methods
+    assert method.kernels and not any(call.needs_python for call in method.calls)
+    done = CliRunner().invoke(app, ["package", "--check", path])
+    assert done.exit_code == 0, done.output
+    assert method.kernels[0] in done.output and "device        cpu" in done.output
+    assert CliRunner().invoke(app, ["package", "--check", f"{path}.missing"]).exit_code == 2
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 200, 520])
