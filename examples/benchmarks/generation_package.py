@@ -1,9 +1,10 @@
 """Decode through a generation package against torch.compile(mode="reduce-overhead").
 
 Layers of Qwen3.5-35B-A3B with random bf16 weights, both in one process: the package replays its
-CUDA graph, the other compiles transformers' unmodified model with a StaticCache, its argmax fed
-back. Both are timed from token to token on the CPU's clock, the token copied to the CPU, and both
-must give eager's first tokens. `check` runs tiny models and no timing.
+CUDA graph, the other compiles transformers' unmodified model with a StaticCache and the package's
+own sampler (`--argmax`: an argmax instead), its token fed back. Both are timed from token to token
+on the CPU's clock, the token copied to the CPU, and both must give the same first token. `check`
+runs tiny models and no timing.
 """
 
 from __future__ import annotations
@@ -52,8 +53,12 @@ def build(sizes: dict[str, int], layers: int, device: str) -> Any:
 class Compiled:
     """transformers' model under torch.compile, one token at a time."""
 
-    def __init__(self, model: Any, prompt: torch.Tensor, length: int, backend: str) -> None:
+    def __init__(
+        self, model: Any, prompt: torch.Tensor, length: int, backend: str, argmax: bool
+    ) -> None:
         from transformers import StaticCache
+
+        from inductor_moe.aoti.sampling import next_token
 
         self.cache = StaticCache(config=model.config, max_cache_len=length)
         logits = model(prompt, past_key_values=self.cache, logits_to_keep=1).logits
@@ -62,8 +67,13 @@ class Compiled:
 
         def step(token: torch.Tensor) -> torch.Tensor:
             out = model(token, past_key_values=self.cache).logits[:, -1]
-            return out.argmax(-1, keepdim=True)
+            if argmax:
+                return out.argmax(-1, keepdim=True)
+            return next_token(out, zeros, ones, zeros)[:, None]
 
+        # What transformers' generate() chooses for decode, and what stock Inductor does best.
+        model.set_experts_implementation("batched_mm")
+        zeros, ones = (torch.full((1,), x, device=prompt.device) for x in (0.0, 1.0))
         mode = "reduce-overhead" if prompt.is_cuda else "default"
         torch._dynamo.reset()
         self.step = torch.compile(step, backend=backend, mode=mode, fullgraph=True)
@@ -91,6 +101,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("mode", nargs="?", choices=("check", "time"), default="time")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--argmax", action="store_true", help="no sampler on the other side")
     parser.add_argument("--json", help="write the result to this file")
     parser.add_argument("--backends", nargs="*", default=["inductor_moe", "inductor"])
     arguments = parser.parse_args()
@@ -117,7 +128,7 @@ def main() -> int:
                 lambda: int(next(stream))
             )
     for backend in arguments.backends:
-        compiled = Compiled(model, prompt, length, backend)
+        compiled = Compiled(model, prompt, length, backend, arguments.argmax)
         tokens[backend] = [int(compiled.first), *(compiled() for _ in range(3))]
         if timing:
             row = milliseconds_per_token(compiled)

@@ -46,6 +46,10 @@ def load_generation(
 
 
 def _device(metadata: Metadata, wanted: Any, archive: Archive) -> torch.device:
+    if metadata.device not in ("cpu", "cuda"):
+        raise PackageError(
+            f"{archive.path} was compiled for {metadata.device}; packages run on cpu or cuda"
+        )
     device = torch.device(metadata.device if wanted is None else wanted)
     if device.type != metadata.device:
         raise PackageError(
