@@ -97,8 +97,8 @@ for prompt in torch.load(prompts):
     for _ in range(int(steps)):
         method = methods["decode" if token.shape[1] == 1 else "prefill"]
         (found,) = method.run([token, *rest])
-        token = found[:, None].clone()
-        tokens.append(token.cpu())
+        tokens.append(found[:, None].cpu().clone())
+        token = found[:, None].clone()  # which decode overwrites
     results.append(torch.cat(tokens, 1))
 torch.save(results, outputs)
 """

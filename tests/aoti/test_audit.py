@@ -90,6 +90,7 @@ def test_the_scan_is_the_rule(tokens, per_channel):
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_a_dynamic_delta_rule_without_a_maximum_is_refused(tmp_path):
     dim = {1: torch.export.Dim("tokens", min=2)}
     with torch.no_grad():
