@@ -87,6 +87,7 @@ def rewrite(graph: fx.Graph, options: Options) -> list[Site]:
         _failed("canonical form", error, options)
     found: list[tuple[fx.Node, Site]] = []
     taken: set[fx.Node] = set()
+    produced: dict[fx.Node, fx.Node] = {}
     for form in ALL:
         if not options.enabled(form.name):
             continue
@@ -94,20 +95,41 @@ def rewrite(graph: fx.Graph, options: Options) -> list[Site]:
             if options.limit is not None and sum(s.matched for _, s in found) >= options.limit:
                 break
             if anchor not in taken:
-                found.append((anchor, _rewrite_site(graph, form, anchor, taken, options)))
+                found.append(
+                    (anchor, _rewrite_site(graph, form, anchor, taken, produced, options))
+                )
         # What a rewrite replaced must not count as a user of what the next one reads.
         graph.eliminate_dead_code()
-    # One form's refusal says nothing where another form fused the same site.
+    # One form's refusal says nothing where another form fused the same site, and what a form
+    # makes of another's op is one site with it.
     optional = {form.name for form in ALL if form.optional}
+    history = {anchor: site for anchor, site in found if site.matched}
+    refined = {produced[anchor] for anchor in history if anchor in produced}
     return [
-        site
+        _joined(anchor, site, produced, history)
         for anchor, site in found
-        if site.matched or not (anchor in taken or site.rewrite in optional)
+        if (site.matched and anchor not in refined)
+        or not (site.matched or anchor in taken or site.rewrite in optional)
     ]
 
 
+def _joined(
+    anchor: fx.Node, site: Site, produced: dict[fx.Node, fx.Node], history: dict[fx.Node, Site]
+) -> Site:
+    """A site with what an earlier form recognised of it."""
+    if not site.matched or anchor not in produced:
+        return site
+    earlier = history[produced[anchor]]
+    return dataclasses.replace(site, detail=f"{earlier.detail}; {site.detail}")
+
+
 def _rewrite_site(
-    graph: fx.Graph, form: Rewrite, anchor: fx.Node, taken: set[fx.Node], options: Options
+    graph: fx.Graph,
+    form: Rewrite,
+    anchor: fx.Node,
+    taken: set[fx.Node],
+    produced: dict[fx.Node, fx.Node],
+    options: Options,
 ) -> Site:
     describe = functools.partial(
         Site, op=form.op, rewrite=form.name, module=module_of(anchor), source=source_of(anchor)
@@ -118,7 +140,7 @@ def _rewrite_site(
         site = form.walk(anchor)
         detail = form.describe(site)
         with _undone_on_error(graph, before):
-            form.replace(graph, site)
+            result = form.replace(graph, site)
     except Refusal as refusal:
         log.debug("%s left at %s: %s", form.name, anchor, refusal)
         return describe(detail=detail, reason=str(refusal))
@@ -126,6 +148,8 @@ def _rewrite_site(
         _failed(form.name, error, options)
         return describe(detail=detail, reason=f"the rewrite failed: {_brief(error)}")
     taken.add(anchor)
+    if result is not anchor:
+        produced[result] = anchor
     return describe(detail=detail)
 
 

@@ -6,7 +6,7 @@ if __name__ == "patterns":
     )
 
 from inductor_moe.patterns import quant
-from inductor_moe.patterns.delta_rule import decode, heads
+from inductor_moe.patterns.delta_rule import decode, heads, unrolled
 from inductor_moe.patterns.moe import called, dense, experts, gathered, router
 from inductor_moe.patterns.rewrite import Refusal, Rewrite
 
@@ -17,6 +17,7 @@ ALL: tuple[Rewrite, ...] = (
     gathered.EINSUM,
     dense.DENSE,
     router.ROUTER,
+    unrolled.UNROLLED,
     decode.DECODE,
     heads.CALLED,
     quant.LINEAR,
