@@ -13,7 +13,8 @@ from typing import Any
 from torch import fx
 
 from inductor_moe.patterns.delta_rule.chain import Chain, is_scaling, keeps_shape
-from inductor_moe.patterns.delta_rule.labels import ELEMENTWISE, PIECES, RULES
+from inductor_moe.patterns.delta_rule.rules import PIECES, RULES
+from inductor_moe.patterns.delta_rule.runner import ELEMENTWISE
 from inductor_moe.patterns.walk import (
     CASTS,
     COPIES,
@@ -65,6 +66,7 @@ def read_region(chain: Chain, outputs: Iterable[fx.Node], order: dict[fx.Node, i
         ):
             mixing.add(node)
 
+    within = mixing | constant
     inside: set[fx.Node] = set()
     inputs: dict[fx.Node, None] = {}
     stack = outputs
@@ -73,7 +75,7 @@ def read_region(chain: Chain, outputs: Iterable[fx.Node], order: dict[fx.Node, i
         if node in inside or node in inputs or node is chain.state:
             continue
         onward: list[fx.Node] | None
-        onward = node.all_input_nodes if node in mixing | constant else _per_token(node, chain)
+        onward = node.all_input_nodes if node in within else _per_token(node, chain)
         if onward is None:
             inputs[node] = None
         else:

@@ -19,7 +19,8 @@ from inductor_moe.compat import real_tensors
 from inductor_moe.ops.delta_rule import delta_rule
 from inductor_moe.patterns.delta_rule.boundary import Region
 from inductor_moe.patterns.delta_rule.chain import Chain
-from inductor_moe.patterns.delta_rule.labels import Label, Labelled, Runner
+from inductor_moe.patterns.delta_rule.labels import Label, Labelled
+from inductor_moe.patterns.delta_rule.runner import Runner
 from inductor_moe.patterns.evaluate import CannotEvaluate
 from inductor_moe.patterns.rewrite import Refusal
 from inductor_moe.patterns.walk import aten, is_call, same, sizes
@@ -63,6 +64,7 @@ def prove(
     for nodes, layouts, letters in _assignments(chain, region, outputs):
         try:
             with real_tensors():
+                _check_first(chain, nodes, layouts, letters, region)
                 return _check(nodes, layouts, letters, region, outputs, final)
         except CannotEvaluate as error:
             reasons.append(str(error))
@@ -176,13 +178,7 @@ def _check(
         raise CannotEvaluate("T, K or V is symbolic")
     found: tuple[Any, ...] | None = None
     for draw in range(DRAWS):
-        parts = _draw(draw, letters, "K" in layouts.get("g", ()))
-        if "g" not in nodes:
-            del parts["g"]
-        values = {
-            nodes[part]: _placed(parts[part], _canonical(part, parts[part]), layout, letters)
-            for part, layout in layouts.items()
-        }
+        parts, values = _given(draw, nodes, layouts, letters)
         runner = Runner(values, {x: letters[x] for x in RUN}, RUN)
         kept = {*outputs, *([final] if final is not None else [])}
         _run(runner, region, kept)
@@ -215,6 +211,51 @@ def _check(
         if abs(scale / exact - 1) < 1e-12:
             scale = exact
     return Parts(nodes, layouts, out, out_layout, final, state_layout, float(scale), letters)
+
+
+def _check_first(
+    chain: Chain,
+    nodes: Mapping[str, fx.Node],
+    layouts: Mapping[str, Layout],
+    letters: Mapping[str, Any],
+    region: Region,
+) -> None:
+    """Refuse a wrong assignment in a long loop at its first step."""
+    if chain.chunked or chain.length < 3:
+        return
+    inside, needed, stack = set(region.nodes), set(), [chain.updates[0]]
+    while stack:
+        node = stack.pop()
+        if node in inside and node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    parts, values = _given(0, nodes, layouts, letters)
+    runner = Runner(values, {x: letters[x] for x in RUN}, RUN)
+    for node in region.nodes:
+        if node in needed:
+            runner.compute(node)
+    rows = [parts[x][:, :1] if x in parts else None for x in ("q", "k", "v", "g", "beta")]
+    want = delta_rule(*rows, parts["state"], 1.0)[1]
+    match = _match(runner.values[chain.updates[0]], want, "BHKV", letters)
+    if match is None or abs(match[1] - 1) > 1e-9:
+        raise CannotEvaluate(f"{chain.updates[0].name} is not the state after one token")
+
+
+def _given(
+    draw: int,
+    nodes: Mapping[str, fx.Node],
+    layouts: Mapping[str, Layout],
+    letters: Mapping[str, Any],
+) -> tuple[dict[str, torch.Tensor], dict[fx.Node, Labelled]]:
+    """A draw as the op takes it, and as the nodes hold it."""
+    parts = _draw(draw, letters, "K" in layouts.get("g", ()))
+    if "g" not in nodes:
+        del parts["g"]
+    values = {
+        nodes[part]: _placed(parts[part], _canonical(part, parts[part]), layout, letters)
+        for part, layout in layouts.items()
+    }
+    return parts, values
 
 
 def _run(runner: Runner, region: Region, kept: set[fx.Node]) -> None:
