@@ -1,9 +1,9 @@
 """Delta-rule functions become one op while Dynamo traces for our backend.
 
 Unrolled, the chunked rule costs dozens of nodes a chunk and a recompile for every chunk count.
-Here the functions that transformers defines keep their signature and lose their body: Dynamo
-inlines a substitute that calls the op. Other backends, eager calls and graphs with gradients
-still run the original body.
+Here the functions of transformers (and of FLA, in `capture.fla`) keep their signature and lose
+their body: Dynamo inlines a substitute that calls the op. Other backends, eager calls and graphs
+with gradients still run the original body.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from inductor_moe import compat
-from inductor_moe.capture.imports import MODULES, watch_imports
+from inductor_moe.capture import fla
+from inductor_moe.capture.imports import MODULES, is_modeling, watch_imports
 from inductor_moe.ops.delta_rule import delta_rule
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
@@ -64,8 +65,9 @@ def _chunked(original: Function) -> Function:
     ) -> Result:
         if not applies() or torch.is_grad_enabled():
             return original(
-                query, key, value, g, beta, chunk_size, initial_state, output_final_state,
-                use_qk_l2norm_in_kernel, **kwargs,
+                query, key, value, g=g, beta=beta, chunk_size=chunk_size,
+                initial_state=initial_state, output_final_state=output_final_state,
+                use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, **kwargs,
             )  # fmt: skip
         return _run(
             query, key, value, g, beta, initial_state, output_final_state,
@@ -89,8 +91,9 @@ def _recurrent(original: Function) -> Function:
     ) -> Result:
         if not applies() or torch.is_grad_enabled():
             return original(
-                query, key, value, g, beta, initial_state, output_final_state,
-                use_qk_l2norm_in_kernel, **kwargs,
+                query, key, value, g=g, beta=beta, initial_state=initial_state,
+                output_final_state=output_final_state,
+                use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, **kwargs,
             )  # fmt: skip
         return _run(
             query, key, value, g, beta, initial_state, output_final_state,
@@ -118,13 +121,13 @@ def applies() -> bool:
 
 
 def install() -> None:
-    """Substitute in every transformers module that is loaded, or will be. Idempotent."""
+    """Substitute in all of transformers and FLA that is loaded, or will be. Idempotent."""
     global _enabled
     _enabled = True
     for name, module in list(sys.modules.items()):
-        if name.startswith(MODULES) and ".modeling_" in name:
+        if _is_watched(name):
             _substitute(module)
-    watch_imports(_substitute)
+    watch_imports(_substitute, _is_watched)
 
 
 def uninstall() -> None:
@@ -133,7 +136,14 @@ def uninstall() -> None:
     _enabled = False
 
 
+def _is_watched(name: str) -> bool:
+    return name in fla.FUNCTIONS or is_modeling(name)
+
+
 def _substitute(module: types.ModuleType) -> None:
+    if module.__name__ in fla.FUNCTIONS:
+        _substitute_fla(module)
+        return
     for name, make in SUBSTITUTES.items():
         function = vars(module).get(name)
         if not isinstance(function, types.FunctionType) or function in _installed:
@@ -190,6 +200,18 @@ def _for_export(original: Function) -> Function:
         )  # fmt: skip
 
     return call
+
+
+def _substitute_fla(module: types.ModuleType) -> None:
+    name = fla.FUNCTIONS[module.__name__]
+    function = vars(module).get(name)
+    if not isinstance(function, types.FunctionType) or function in _installed:
+        return
+    _installed[function] = f"{module.__name__}.{name}"
+    original = fla.original_of(function, _copied)
+    torch.compiler.substitute_in_graph(function, skip_signature_check=True)(
+        fla.substitute_for(function, original, applies)
+    )
 
 
 def _copied(function: types.FunctionType) -> Any:

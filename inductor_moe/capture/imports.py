@@ -1,4 +1,4 @@
-"""Running a function on every modeling module of transformers that is imported from now on."""
+"""Running a function on every module of some names that is imported from now on."""
 
 from __future__ import annotations
 
@@ -11,21 +11,27 @@ from typing import Any
 
 MODULES = "transformers.models."
 
-_watchers: list[Callable[[types.ModuleType], None]] = []
+Watcher = Callable[[types.ModuleType], None]
+_watchers: dict[Watcher, Callable[[str], bool]] = {}
 
 
-def watch_imports(watcher: Callable[[types.ModuleType], None]) -> None:
-    """Call watcher(module) after each import of a modeling module. Idempotent."""
-    if watcher not in _watchers:
-        _watchers.append(watcher)
+def is_modeling(name: str) -> bool:
+    """Whether a module holds the code of a transformers model."""
+    return name.startswith(MODULES) and ".modeling_" in name
+
+
+def watch_imports(watcher: Watcher, watched: Callable[[str], bool] = is_modeling) -> None:
+    """Call watcher(module) after each import of a module whose name is watched. Idempotent."""
+    _watchers[watcher] = watched
     _install()
 
 
 class _ImportWatch(importlib.abc.MetaPathFinder):
-    """Lets the other finders find a modeling module and calls the watchers once it has run."""
+    """Lets the other finders find a watched module and calls its watchers once it has run."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if not (name.startswith(MODULES) and ".modeling_" in name):
+        watchers = [watcher for watcher, watched in _watchers.items() if watched(name)]
+        if not watchers:
             return None
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):
@@ -36,7 +42,7 @@ class _ImportWatch(importlib.abc.MetaPathFinder):
 
                 def exec_module(module: types.ModuleType, run: Any = run) -> None:
                     run(module)
-                    for watcher in _watchers:
+                    for watcher in watchers:
                         watcher(module)
 
                 spec.loader.exec_module = exec_module  # type: ignore[method-assign]

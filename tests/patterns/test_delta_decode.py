@@ -54,7 +54,8 @@ class Step(nn.Module):
         a, b = (x @ self.ab)[:, None].chunk(2, dim=-1)
         beta = self.step("beta", torch.sigmoid)(b)
         g = self.step("decay", self.decay)(a, self.A_log, self.dt_bias)
-        out, new_state = delta_rule(q, k, v, g, beta, state, KEY**-0.5, 1e-6)
+        rule = self.step("rule", delta_rule)
+        out, new_state = rule(q, k, v, g, beta, state, KEY**-0.5, 1e-6)
         self.step("write", lambda s, n: s.copy_(n))(state, new_state)
         z = (x @ self.gate).reshape(-1, VALUE)
         out = self.step("normalise", self.normalise)(out.reshape(-1, VALUE), self.norm, z)
@@ -111,6 +112,33 @@ def normalise_with(activation=F.silu, weight=lambda w: w, eps=1e-5):
 def test_a_whole_step_is_fused(batch, length, width, bias):
     site = run(batch, length=length, width=width, bias=bias)
     assert site.rewrite == "delta_rule.decode"
+    assert site.detail.endswith("updated in place, gates, gated norm")
+
+
+def by_sums(q, k, v, g, beta, state, scale, eps):
+    q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps) for x in (q, k))
+    q, k, v, beta = q[:, 0] * scale, k[:, 0], v[:, 0], beta[:, 0]
+    state = state * g[:, 0].exp()[..., None, None]
+    delta = (v - (state * k[..., None]).sum(-2)) * beta[..., None]
+    state = state + k[..., None] * delta[..., None, :]
+    return (state * q[..., None]).sum(-2)[:, None], state
+
+
+def by_products(q, k, v, g, beta, state, scale, eps):
+    q, k = (x.transpose(1, 2) / (x.square().sum(-1) + eps).sqrt()[..., None].transpose(1, 2)
+            for x in (q, k))  # fmt: skip
+    state = state * g.transpose(1, 2).exp()[..., None]
+    delta = beta.transpose(1, 2)[..., None] * (v.transpose(1, 2) - k @ state)
+    state = state + k.transpose(-1, -2) @ delta
+    return ((q / scale**-1) @ state).transpose(1, 2), state
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("rule", [by_sums, by_products])
+def test_a_rule_written_by_hand_becomes_the_whole_step(rule, batch):
+    site = run(batch, rule=rule)
+    assert site.rewrite == "delta_rule.decode"
+    assert site.detail.startswith("one step")
     assert site.detail.endswith("updated in place, gates, gated norm")
 
 
