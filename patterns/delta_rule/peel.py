@@ -31,9 +31,17 @@ class Operand:
     node: fx.Node
     layout: Layout
 
-    def up(self, source: fx.Node) -> Operand | None:
-        """The input of a node that only moves values, with its layout."""
-        if not keeps_shape(self.node) or self.node.args[0] is not source:
+    def up(self) -> Operand | None:
+        """The input of a node that only moves values, with its layout; None for other nodes."""
+        if not isinstance(self.node, fx.Node) or not self.node.all_input_nodes:
+            return None
+        source = self.node.args[0]
+        if is_call(self.node, aten.select.int):
+            dim = self.node.args[1] % len(sizes(source))
+            if not same(sizes(source)[dim], 1):
+                return None
+            return Operand(source, (*self.layout[:dim], None, *self.layout[dim:]))
+        if not keeps_shape(self.node):
             return None
         if is_call(self.node, aten.permute.default):
             layout: list[str | None] = [None] * len(self.layout)
@@ -50,9 +58,7 @@ class Operand:
     def bare(self) -> Operand:
         """Go up through casts, copies and reordered dims."""
         current = self
-        while isinstance(current.node, fx.Node) and keeps_shape(current.node):
-            above = current.up(current.node.args[0])
-            assert above is not None
+        while (above := current.up()) is not None:
             current = above
         return current
 

@@ -256,6 +256,8 @@ def _reshaped(graph: fx.Graph, node: fx.Node, shape: Sequence[Any], like: fx.Nod
     """View with dims of size 1 added or dropped."""
     if same_sizes(sizes(node), shape):
         return node
+    if all(isinstance(size, int) for size in shape):
+        return call(graph, aten.reshape.default, node, list(shape), like=like)
     have, want = list(sizes(node)), list(shape)
     place = 0
     for size in want:
@@ -291,7 +293,7 @@ def _take_place(
     present = [x for x in layout if x is not None]
     dims = [order.index(x) for x in present]
     ones = [d for d, x in enumerate(order) if x not in present]
-    if dims + ones != list(range(len(order))):
+    if dims != sorted(dims):
         result = call(graph, aten.permute.default, result, dims + ones, like=like)
     result = _reshaped(graph, result, sizes(old), like)
     result = _cast(graph, result, dtype(old), like)

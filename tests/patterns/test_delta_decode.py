@@ -125,8 +125,8 @@ def by_sums(q, k, v, g, beta, state, scale, eps):
 
 
 def by_products(q, k, v, g, beta, state, scale, eps):
-    q, k = (x.transpose(1, 2) / (x.square().sum(-1) + eps).sqrt()[..., None].transpose(1, 2)
-            for x in (q, k))  # fmt: skip
+    q, k = (x / (x.square().sum(-1, keepdim=True) + eps).sqrt() for x in (q, k))
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
     state = state * g.transpose(1, 2).exp()[..., None]
     delta = beta.transpose(1, 2)[..., None] * (v.transpose(1, 2) - k @ state)
     state = state + k.transpose(-1, -2) @ delta
@@ -140,6 +140,19 @@ def test_a_rule_written_by_hand_becomes_the_whole_step(rule, batch):
     assert site.rewrite == "delta_rule.decode"
     assert site.detail.startswith("one step")
     assert site.detail.endswith("updated in place, gates, gated norm")
+
+
+@pytest.mark.parametrize("rule", [delta_rule, by_sums])
+def test_no_copy_of_a_state_remains(rule):
+    graphs = []
+    states = torch.randn(2, CHANNELS, 4), torch.randn(2, VALUE_HEADS, KEY, VALUE)
+    capture(Step(rule=rule).eval(), torch.randn(2, HIDDEN), *states, graphs=graphs)
+    nodes = list(graphs[0].graph.nodes)
+    assert not [node for node in nodes if "copy" in str(node.target)]
+    (step,) = (node for node in nodes if "delta_decode" in str(node.target))
+    shapes = [tuple(node.meta["val"].shape) for node in (step.args[1], step.args[8])]
+    assert shapes == [tuple(state.shape) for state in states]
+    assert step.args[1].op == step.args[8].op == "placeholder"
 
 
 GATES = {
