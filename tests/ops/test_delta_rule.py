@@ -13,7 +13,19 @@ from torch.library import opcheck
 from inductor_moe.ops.delta_rule import delta_decode, delta_rule
 from inductor_moe.reference import delta_rule as reference
 
-TOKENS = (1, 2, 7, 8, 9, 32, 63, 64, 65, 128, 200, pytest.param(1000, marks=pytest.mark.slow))
+ALL_TOKENS = (1, 2, 7, 8, 9, 32, 63, 64, 65, 128, 200, 256, 1000)
+
+
+def lengths(*default, least=1):
+    """Every length of ALL_TOKENS from `least` on; those not in `default` are slow."""
+    return [
+        pytest.param(tokens, marks=() if tokens in default else pytest.mark.slow)
+        for tokens in ALL_TOKENS
+        if tokens >= least
+    ]
+
+
+TOKENS = lengths(1, 2, 7, 8, 9, 32, 63, 64, 65, 128, 200)
 GATES = ("head", "channel", "none")
 BATCH, HEADS, VALUE_HEADS, KEY, VALUE = 2, 2, 4, 40, 24
 SCALE = KEY**-0.5
@@ -74,7 +86,7 @@ def test_is_as_exact_as_the_recurrence(tokens, gate):
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("tokens", (2, 9, 65, 200))
+@pytest.mark.parametrize("tokens", lengths(2, 9, 65, 200, least=2))
 def test_whole_equals_two_parts_with_the_state_carried(tokens, gate):
     q, k, v, g, beta, state = inputs(tokens, gate)
     out, final = delta_rule(q, k, v, g, beta, state, SCALE, 1e-6)
@@ -90,7 +102,7 @@ def test_whole_equals_two_parts_with_the_state_carried(tokens, gate):
     torch.testing.assert_close(state, final, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("tokens", (1, 8, 65))
+@pytest.mark.parametrize("tokens", lengths(1, 8, 65))
 def test_batch_of_one_equals_a_row(tokens):
     arguments = inputs(tokens)
     out, final = delta_rule(*arguments, SCALE, 1e-6)
