@@ -10,6 +10,7 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import fx
 
 from inductor_moe.patterns.delta_rule.chain import Chain, is_scaling, keeps_shape
@@ -72,7 +73,7 @@ def read_region(chain: Chain, outputs: Iterable[fx.Node], order: dict[fx.Node, i
     stack = outputs
     while stack:
         node = stack.pop()
-        if node in inside or node in inputs or node is chain.state:
+        if node in inside or node in inputs or node is chain.state or _is_size(node):
             continue
         onward: list[fx.Node] | None
         onward = node.all_input_nodes if node in within else _per_token(node, chain)
@@ -82,6 +83,11 @@ def read_region(chain: Chain, outputs: Iterable[fx.Node], order: dict[fx.Node, i
             inside.add(node)
             stack.extend(onward)
     return Region(tuple(sorted(inside, key=order.__getitem__)), tuple(inputs))
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether node is a symbolic size, which the shapes of the tensors tell as well."""
+    return isinstance(node.meta.get("val"), (int, torch.SymInt))
 
 
 def _descendants(start: fx.Node, last: int, order: dict[fx.Node, int]) -> set[fx.Node]:

@@ -39,7 +39,7 @@ class Runner(Values):
             raise CannotEvaluate(f"{node.name} is no call")
         try:
             self.values[node] = self._compute(node)
-        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        except (RuntimeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise CannotEvaluate(f"{node.name}: {error}") from error
 
     def _compute(self, node: fx.Node) -> Labelled:
