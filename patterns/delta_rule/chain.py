@@ -170,13 +170,26 @@ def update_of(node: Any) -> Update | None:
 
 
 def last_updates(graph: fx.Graph) -> Iterator[fx.Node]:
-    """The updates that no other update follows."""
+    """The updates that no other update follows, of the chains that an output is read from.
+
+    A residual connection looks like an update, too, but nothing is read from its sum alone.
+    """
     targets = (aten.add.Tensor, aten.sub.Tensor)
     found = [update_of(node) for node in graph.nodes if is_call(node, *targets)]
     followed = {update.previous for update in found if update is not None}
     for update in found:
-        if update is not None and update.node not in followed:
+        if update is None or update.node in followed:
+            continue
+        if _is_read(update.node):
             yield update.node
+
+
+def _is_read(last: fx.Node) -> bool:
+    try:
+        read_chain(last)
+    except Refusal:
+        return False
+    return True
 
 
 def read_chain(last: fx.Node) -> Chain:
