@@ -11,21 +11,17 @@ import triton.language as tl
 
 # A nibble under a fixed exponent is an exact float: 128 + n in bf16, 1024 + n in fp16. Two codes
 # a register: shift, and-or, subtract.
-BF16_PLANE = tl.constexpr("""{
-.reg .b32 t, one, off;
-shr.u32 t, $1, SHIFT;
-lop3.b32 t, t, 0x000F000F, 0x43004300, 0xEA;
-mov.b32 one, 0x3F803F80;
-mov.b32 off, 0xC308C308;
-fma.rn.bf16x2 $0, t, one, off;
-}""")
-FP16_PLANE = tl.constexpr("""{
-.reg .b32 t, off;
-shr.u32 t, $1, SHIFT;
-lop3.b32 t, t, 0x000F000F, 0x64006400, 0xEA;
-mov.b32 off, 0x64086408;
-sub.f16x2 $0, t, off;
-}""")
+# One line each: Inductor copies them into a string of Python, which ends a line at an escape.
+BF16_PLANE = tl.constexpr(
+    "{ .reg .b32 t, one, off; shr.u32 t, $1, SHIFT; "
+    "lop3.b32 t, t, 0x000F000F, 0x43004300, 0xEA; "
+    "mov.b32 one, 0x3F803F80; mov.b32 off, 0xC308C308; fma.rn.bf16x2 $0, t, one, off; }"
+)
+FP16_PLANE = tl.constexpr(
+    "{ .reg .b32 t, off; shr.u32 t, $1, SHIFT; "
+    "lop3.b32 t, t, 0x000F000F, 0x64006400, 0xEA; "
+    "mov.b32 off, 0x64086408; sub.f16x2 $0, t, off; }"
+)
 BF16_PLANES = tl.constexpr(tuple(BF16_PLANE.value.replace("SHIFT", str(4 * j)) for j in range(4)))
 FP16_PLANES = tl.constexpr(tuple(FP16_PLANE.value.replace("SHIFT", str(4 * j)) for j in range(4)))
 
