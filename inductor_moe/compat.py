@@ -480,6 +480,11 @@ def _with_strides(fake: torch.Tensor, strides: Any) -> torch.Tensor:
     return torch.empty_strided(fake.shape, symbolic, dtype=fake.dtype, device=fake.device)
 
 
+def schema_of(op: Any) -> Any:
+    """The schema of an op overload: its qualified name and its arguments."""
+    return op._schema
+
+
 def size_hint(size: Any, fallback: int = 1024) -> int:
     """A Python int for a size: itself, or the value its symbol had when it was first traced."""
     if isinstance(size, int):

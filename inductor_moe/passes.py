@@ -19,6 +19,7 @@ from torch import fx
 from inductor_moe import compat, lowerings
 from inductor_moe.capture.canonical import canonicalise
 from inductor_moe.config import Options
+from inductor_moe.costs import Costs, costs_of
 from inductor_moe.errors import RewriteFailedWarning, StrictError
 from inductor_moe.patterns import ALL, Refusal, Rewrite
 from inductor_moe.report import Report, Site
@@ -120,7 +121,8 @@ def _joined(
     if not site.matched or anchor not in produced:
         return site
     earlier = history[produced[anchor]]
-    return dataclasses.replace(site, detail=f"{earlier.detail}; {site.detail}")
+    before = ", ".join(part for part in (earlier.before, site.before) if part)
+    return dataclasses.replace(site, detail=f"{earlier.detail}; {site.detail}", before=before)
 
 
 def _rewrite_site(
@@ -150,7 +152,16 @@ def _rewrite_site(
     taken.add(anchor)
     if result is not anchor:
         produced[result] = anchor
-    return describe(detail=detail)
+    added = [*(node for node in graph.nodes if node not in before), result]
+    return describe(detail=detail, **dataclasses.asdict(_costs(anchor, added, options)))
+
+
+def _costs(anchor: fx.Node, added: list[fx.Node], options: Options) -> Costs:
+    try:
+        return costs_of(anchor, added)
+    except Exception as error:
+        _failed("counting what a rewrite did", error, options)
+        return Costs()
 
 
 class _undone_on_error:

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
+from inductor_moe import advice
+
 
 @dataclasses.dataclass(frozen=True)
 class Site:
@@ -20,6 +22,13 @@ class Site:
     source   "file:line: code" of the model's line it came from, or ""
     detail   what was recognised: layout, activation, shapes
     reason   None for a matched site; otherwise why it was left to Inductor
+    before   the calls that the op replaces, "name ×number" by comma, or "" where the graph
+             never held them
+    after    the op with the shapes of its tensors, or "" for a refused site
+    kernels  the Triton kernels that run it on a GPU
+    bytes    that a call has to move: tensors once, updated states twice, of the experts' weights
+             those that its tokens can reach; symbolic sizes as traced; None where not counted
+    flops    that a call has to do, counted alike
     """
 
     op: str
@@ -28,6 +37,16 @@ class Site:
     source: str = ""
     detail: str = ""
     reason: str | None = None
+    before: str = ""
+    after: str = ""
+    kernels: str = ""
+    bytes: int | None = None
+    flops: int | None = None
+
+    @property
+    def advice(self) -> str:
+        """What the user can do about a refusal; "" for a matched site."""
+        return "" if self.reason is None else advice.on_refusal(self.reason)
 
     @property
     def matched(self) -> bool:
@@ -101,6 +120,7 @@ class Report:
                 lines.append(f"        at {site.source}")
             if site.reason:
                 lines.append(f"        because {site.reason}")
+                lines.append(f"        advice: {site.advice}")
         return "\n".join(lines)
 
     def summary(self) -> str:

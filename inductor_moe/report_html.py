@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import re
 from collections.abc import Iterable
 
+from inductor_moe import advice
 from inductor_moe.report import Report, Site
 
 STYLE = """
@@ -57,6 +59,13 @@ article.left { border-left: 4px solid var(--left); }
 dl.facts { display: grid; grid-template-columns: 7rem 1fr; gap: 0.25rem 1rem; margin: 0.6rem 0 0; }
 dl.facts dt { color: var(--faint); }
 dl.facts dd { margin: 0; min-width: 0; }
+pre.code {
+  margin: 0.3rem 0 0; padding: 0.5rem 0.7rem; border-radius: 6px; background: var(--page);
+  white-space: pre-wrap;
+}
+.calls { display: flex; flex-wrap: wrap; gap: 0.3rem; margin-top: 0.3rem; }
+.calls code { padding: 0 0.4rem; border-radius: 4px; background: var(--page); }
+.advice { display: block; padding-left: 0.7rem; border-left: 3px solid var(--left); }
 summary { cursor: pointer; }
 details ul { margin: 0.3rem 0 0; padding-left: 1.2rem; }
 ul.box { padding-left: 2rem; }
@@ -75,7 +84,7 @@ def render(report: Report) -> str:
     parts = [
         _counts(report),
         _remarks("Notes", report.notes),
-        _remarks("Graph breaks", report.breaks),
+        _remarks("Graph breaks", report.breaks, [advice.on_break(why) for why in report.breaks]),
         _section("Left to Inductor", report.refused),
         _section("Fused", report.matched),
     ]
@@ -130,21 +139,24 @@ def _counts(report: Report) -> str:
     return f'<dl class="counts">\n{tiles}\n</dl>'
 
 
-def _remarks(title: str, texts: Iterable[str]) -> str:
-    items = "\n".join(f"<li>{escape(text)}</li>" for text in texts)
+def _remarks(title: str, texts: Iterable[str], advised: Iterable[str] = ()) -> str:
+    """A list of texts, each with its advice below where there is some."""
+    remedies = [f'<p class="advice">{escape(text)}</p>' for text in advised]
+    items = [f"<li>{escape(text)}" for text in texts]
+    remedies += [""] * (len(items) - len(remedies))
     if not items:
         return ""
-    return f'<section>\n<h2>{title}</h2>\n<ul class="box">\n{items}\n</ul>\n</section>'
+    lines = "\n".join(f"{item}{remedy}</li>" for item, remedy in zip(items, remedies, strict=True))
+    return f'<section>\n<h2>{title}</h2>\n<ul class="box">\n{lines}\n</ul>\n</section>'
 
 
 def _section(title: str, sites: tuple[Site, ...]) -> str:
     """Sites that differ in their module only share a card."""
     if not sites:
         return ""
-    alike: dict[tuple[str, str, str, str, str | None], list[Site]] = {}
+    alike: dict[Site, list[Site]] = {}
     for site in sites:
-        key = (site.op, site.rewrite, site.detail, site.source, site.reason)
-        alike.setdefault(key, []).append(site)
+        alike.setdefault(dataclasses.replace(site, module=""), []).append(site)
     cards = "\n".join(_card(group) for group in alike.values())
     return f"<section>\n<h2>{title} ({len(sites)})</h2>\n{cards}\n</section>"
 
@@ -153,12 +165,22 @@ def _card(sites: list[Site]) -> str:
     site = sites[0]
     kind, mark = ("fused", "fused") if site.matched else ("left", "left to Inductor")
     number = f" &times; {len(sites)}" if len(sites) > 1 else ""
-    facts = [("because", escape(site.reason))] if site.reason else []
+    facts = []
+    if site.reason:
+        facts.append(("because", escape(site.reason)))
+        facts.append(("advice", f'<span class="advice">{escape(site.advice)}</span>'))
     facts.append(("module", _modules([each.module or "(no module)" for each in sites])))
     if site.detail:
         facts.append(("recognised", escape(site.detail)))
     if site.source:
-        facts.append(("source", f"<code>{escape(site.source)}</code>"))
+        facts.append(("source", _source(site.source)))
+    if site.after:
+        facts.append(("before", _before(site.before)))
+        facts.append(("after", f"<code>{escape(site.after)}</code>"))
+    if site.bytes is not None or site.flops is not None:
+        facts.append(("each call", _needs(site.bytes, site.flops)))
+    if site.kernels:
+        facts.append(("kernels", escape(site.kernels)))
     facts.append(("rewrite", f"<code>{escape(site.rewrite)}</code>"))
     rows = "\n".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts)
     return (
@@ -174,3 +196,46 @@ def _modules(names: list[str]) -> str:
         return "<br>".join(listed)
     items = "".join(f"<li>{name}</li>" for name in listed)
     return f"<details><summary>{listed[0]} to {listed[-1]}</summary><ul>{items}</ul></details>"
+
+
+_SOURCE = re.compile(r"(?P<where>.+?:\d+): (?P<code>.*)", re.DOTALL)
+
+
+def _source(source: str) -> str:
+    """The place, and its code on a line of its own."""
+    parts = _SOURCE.fullmatch(source)
+    if parts is None:
+        return f"<code>{escape(source)}</code>"
+    return (
+        f"<code>{escape(parts['where'])}</code>"
+        f'<pre class="code"><code>{escape(parts["code"])}</code></pre>'
+    )
+
+
+def _before(names: str) -> str:
+    if not names:
+        return "one call, put there while Dynamo traced the model"
+    calls = names.split(", ")
+    number = sum(int(name.partition(" \N{MULTIPLICATION SIGN}")[2] or 1) for name in calls)
+    chips = " ".join(f"<code>{escape(name)}</code>" for name in calls)
+    return f'{number} calls:<div class="calls">{chips}</div>'
+
+
+def _needs(moved: int | None, work: int | None) -> str:
+    parts = []
+    if moved is not None:
+        parts.append(f"{_scaled(moved)}B to move")
+    if work is not None:
+        parts.append(f"{_scaled(work)}FLOP")
+    if moved and work is not None:
+        parts.append(f"{work / moved:.3g} FLOP a byte")
+    return ", ".join(parts)
+
+
+def _scaled(number: float) -> str:
+    """Three digits and a unit prefix: 9.46 M."""
+    for prefix in ("", "k", "M", "G"):
+        if number < 999.5:
+            return f"{number:.3g} {prefix}"
+        number /= 1000
+    return f"{number:.3g} T"

@@ -23,6 +23,11 @@ def site(**fields):
         "module": "model.layers.0.mlp.experts",
         "source": "transformers/integrations/moe.py:336: return grouped_mm(x, w, offs=offs)",
         "detail": "E=128 K=8 H=2048 I=768 torch.bfloat16; silu, gate chunked",
+        "before": "sort, histc, index \N{MULTIPLICATION SIGN}3",
+        "after": "moe_experts(x [16, 2048]) -> [16, 2048] bfloat16",
+        "kernels": "moe_up_decode_kernel",
+        "bytes": 9_455_104,
+        "flops": 75_497_472,
     }
     return Site(**{**base, **fields})
 
@@ -68,7 +73,7 @@ class Checker(html.parser.HTMLParser):
 
 HOSTILE_REPORT = Report(
     sites=tuple(
-        Site(HOSTILE, HOSTILE, HOSTILE + str(number), HOSTILE, HOSTILE, reason)
+        Site(HOSTILE, HOSTILE, HOSTILE + str(number), HOSTILE, HOSTILE, reason, *[HOSTILE] * 3)
         for reason in (None, HOSTILE)
         for number in range(5)
     ),
@@ -104,13 +109,25 @@ def test_every_site_note_and_break_is_shown():
     report = full_report()
     shown = Checker(render(report)).text
     for each in report.sites:
-        assert each.module in shown and each.source in shown and each.detail in shown
+        where, code = each.source.split(": ", 1)
+        for text in (each.module, where, code, each.detail, each.after, each.kernels):
+            assert text in shown
     assert report.refused[0].reason in shown
+    assert report.refused[0].advice in shown
+    assert "5 calls" in shown
+    assert "9.46 MB to move, 75.5 MFLOP, 7.98 FLOP a byte" in shown
     assert report.notes[0] in shown and report.breaks[0] in shown
 
 
 def test_alike_sites_share_a_card():
     assert Checker(render(full_report())).tags.count("article") == 2
+
+
+def test_a_breaks_advice_stands_below_it():
+    report = Report(breaks=("call to aten.nonzero.default", "second break"))
+    shown = Checker(render(report)).text
+    assert 'set_experts_implementation("grouped_mm")' in shown
+    assert shown.index("aten.nonzero") < shown.index("set_experts") < shown.index("second break")
 
 
 def test_empty_report_says_so():

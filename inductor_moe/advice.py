@@ -1,0 +1,88 @@
+"""What a user can do about a refused site, by the words of the refusal."""
+
+from __future__ import annotations
+
+import re
+
+GENERAL = (
+    "Nothing is wrong: Inductor compiles these nodes as it would without this backend. To have "
+    "them fused, bring the line above to a form in the support table, or write a rewrite for it."
+)
+
+# The first that matches is shown, so the special ones come first.
+_ADVICE = (
+    (
+        r"the rewrite failed",
+        "This is a bug in this package; the graph was left as it was. Please report it with the "
+        'output of TORCH_LOGS="+inductor_moe".',
+    ),
+    (
+        r"used by output|inside the expert block|used outside|has another user|read elsewhere"
+        r"|used in several ways",
+        "A value inside the layer is also needed outside, and the fused op does not produce it. "
+        "If it is a hook, a logged tensor or an extra output, remove it from the compiled call.",
+    ),
+    (
+        r"not row-wise|has a value for each row",
+        "Between the two expert GEMMs each row must be computed from that row alone. A mean, a "
+        "norm over the tokens or a mask there has another meaning once the rows are reordered.",
+    ),
+    (
+        r"no second expert GEMM",
+        "The down projection must be computed from the up projection of the same tokens row by "
+        "row, through elementwise functions and views; something in between is read as neither.",
+    ),
+    (
+        r"symbolic",
+        "The number of experts, or of experts per token, must be known at compile time. Compile "
+        "with dynamic=False, or mark that size static with torch._dynamo.mark_static.",
+    ),
+    (
+        r"has no name",
+        "The function between the two expert GEMMs is none that the op computes. Experts with "
+        "silu, gelu (exact or tanh), relu or squared relu, gated or not, are fused as a whole.",
+    ),
+    (
+        r"second softmax|no known function of the chosen scores|number of experts per|per token",
+        "The router computes its weights in a way that moe_route does not. The router stays as it "
+        "is; its experts are fused all the same.",
+    ),
+    (
+        r"scale both the input and the output|applies a second routing weight|no routing weight",
+        "The op applies one routing weight per token and expert, on the input or on the output. "
+        "Multiply the two weights into one before the experts.",
+    ),
+    (
+        r"sort|offsets|does not count|bins",
+        "Grouped experts are read from the sort, the counts and the cumulative sum that order "
+        "their rows. Compute them from the same expert numbers, as transformers does.",
+    ),
+    (
+        r"bias",
+        "A bias must have the shape [experts, out] and be gathered by the ids that gather the "
+        "weights.",
+    ),
+    (
+        r"convolution|the state|new state|new inputs|no single token|no decay|q, k",
+        "The decode step was not recognised as a whole. The delta rule itself is still one op if "
+        "the report has a fused delta_rule for this module.",
+    ),
+)
+
+
+def on_refusal(reason: str) -> str:
+    """What to do about a site that was refused for `reason`."""
+    return next((text for words, text in _ADVICE if re.search(words, reason)), GENERAL)
+
+
+def on_break(reason: str) -> str:
+    """What to do about a graph break of Dynamo with this reason."""
+    if re.search(r"nonzero|dynamic shape|data-dependent|\.item\(", reason):
+        return (
+            "If this is a Python loop over the experts that were hit, choose another "
+            'implementation: model.set_experts_implementation("grouped_mm").'
+        )
+    return (
+        "What lies on both sides of a break is compiled apart. "
+        'TORCH_LOGS="graph_breaks" names the line.'
+    )

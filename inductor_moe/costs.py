@@ -1,0 +1,217 @@
+"""What a rewrite did to a graph, for the report: calls before and after, bytes, FLOPs, kernels."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from inductor_moe import compat
+
+NAMESPACE = "inductor_moe"
+# A site's own nodes are few; a search that meets more has left the site.
+SITE_NODES = 1024
+
+FEW = "moe_up_decode_kernel, moe_down_decode_kernel"
+SORT = (
+    "moe_sort_by_rank_kernel (many pairs: moe_sort_count_kernel, moe_sort_scan_kernel, "
+    "moe_sort_blocks_kernel, moe_sort_place_kernel)"
+)
+# The Triton kernels of each op by regime, most of them chosen by the tile table of the GPU.
+KERNELS = {
+    "moe_experts": f"few tokens: {FEW}; more: {SORT}, moe_grouped_gemm_kernel twice, "
+    "moe_combine_kernel",
+    "moe_up": f"few tokens: moe_up_decode_kernel; more: {SORT}, moe_grouped_gemm_kernel",
+    "moe_down_combine": f"few tokens: moe_down_decode_kernel; more: {SORT}, "
+    "moe_grouped_gemm_kernel, moe_combine_kernel",
+    "moe_route": "moe_route_kernel",
+    "delta_rule": "few tokens: delta_recurrent_kernel; more: delta_chunk_intra_kernel, "
+    "delta_chunk_scan_kernel (a decay per channel: delta_channel_intra_kernel, "
+    "delta_channel_scan_kernel)",
+    "delta_decode": "delta_decode_kernel, delta_decode_tail_kernel",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What is known of one rewritten site; the fields are those of `report.Site`."""
+
+    before: str = ""
+    after: str = ""
+    kernels: str = ""
+    bytes: int | None = None
+    flops: int | None = None
+
+
+def costs_of(anchor: fx.Node, added: Iterable[fx.Node]) -> Costs:
+    """Read the costs of a site from its graph, after the rewrite and before dead code goes.
+
+    anchor  the node at which the site was found
+    added   the nodes that the rewrite inserted or kept as its result
+    """
+    ops = [node for node in dict.fromkeys(added) if _name(node)]
+    if not ops:
+        return Costs()
+    needed = [_bytes(node) for node in ops]
+    work = [_flops(node) for node in ops]
+    return Costs(
+        before=_listed(node_name(node) for node in reversed(dead_with(anchor))),
+        after="; ".join(_signature(node) for node in ops),
+        kernels="; ".join(dict.fromkeys(_kernels(node) for node in ops)),
+        bytes=None if None in needed else sum(n for n in needed if n is not None),
+        flops=None if None in work else sum(n for n in work if n is not None),
+    )
+
+
+def dead_with(anchor: fx.Node) -> list[fx.Node]:
+    """The nodes that nothing needs once nothing needs `anchor`; none if something still does."""
+    last, seen = [anchor], {anchor}
+    ends = []
+    while last:
+        node = last.pop()
+        if node.op == "output" or node.is_impure() or len(seen) > SITE_NODES:
+            return []
+        if not node.users:
+            ends.append(node)
+        fresh = [user for user in node.users if user not in seen]
+        seen.update(fresh)
+        last.extend(fresh)
+    dead: dict[fx.Node, None] = {}
+    while ends:
+        node = ends.pop(0)
+        if node in dead or node.op == "placeholder" or node.is_impure():
+            continue
+        if all(user in dead for user in node.users):
+            dead[node] = None
+            ends.extend(node.all_input_nodes)
+    return list(dead)
+
+
+def node_name(node: fx.Node) -> str:
+    """What a node calls, without namespace and overload."""
+    name = compat.schema_of(node.target).name if _namespace(node) else ""
+    return str(name.split("::")[-1] or getattr(node.target, "__name__", node.target))
+
+
+def _namespace(node: fx.Node) -> str:
+    """The namespace of the op that a node calls, or ""."""
+    return str(getattr(node.target, "namespace", ""))
+
+
+def _listed(names: Iterable[str]) -> str:
+    counts = collections.Counter(name for name in names if name != "getitem")
+    return ", ".join(
+        name if number == 1 else f"{name} \N{MULTIPLICATION SIGN}{number}"
+        for name, number in counts.items()
+    )
+
+
+def _name(node: fx.Node) -> str:
+    """The name of our op that a node calls, or ""."""
+    return node_name(node) if _namespace(node) == NAMESPACE else ""
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """The values of a node's arguments by name, tensors as they were traced."""
+    named = dict(
+        zip((a.name for a in compat.schema_of(node.target).arguments), node.args, strict=False)
+    )
+    named.update(node.kwargs)
+    return {
+        name: value.meta.get("val") if isinstance(value, fx.Node) else value
+        for name, value in named.items()
+    }
+
+
+def _outputs(node: fx.Node) -> list[torch.Tensor]:
+    value = node.meta.get("val")
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [each for each in values if isinstance(each, torch.Tensor)]
+
+
+def _shape(tensor: torch.Tensor) -> list[int]:
+    return [compat.size_hint(size) for size in tensor.shape]
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return math.prod(_shape(tensor)) * tensor.element_size()
+
+
+def _signature(node: fx.Node) -> str:
+    given = ", ".join(
+        f"{name} {_shown(value)}"
+        for name, value in _arguments(node).items()
+        if isinstance(value, torch.Tensor)
+    )
+    found = ", ".join(_shown(tensor) for tensor in _outputs(node))
+    dtypes = dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in _outputs(node))
+    return f"{_name(node)}({given}) -> {found} {', '.join(dtypes)}".rstrip()
+
+
+def _shown(tensor: torch.Tensor) -> str:
+    return str([size if isinstance(size, int) else str(size) for size in tensor.shape]).replace(
+        "'", ""
+    )
+
+
+def _bytes(node: fx.Node) -> int | None:
+    """Every tensor once, states that are updated twice, and the weights that can be reached."""
+    if _name(node) not in KERNELS:
+        return None
+    arguments = _arguments(node)
+    written = {
+        a.name
+        for a in compat.schema_of(node.target).arguments
+        if a.alias_info and a.alias_info.is_write
+    }
+    total = float(sum(_size(tensor) for tensor in _outputs(node)))
+    pairs = math.prod(_shape(arguments["ids"])) if "ids" in arguments else 0
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        share = 2.0 if name in written else 1.0
+        if pairs and name in ("w_up", "w_down", "bias_up", "bias_down"):
+            share = min(1.0, pairs / _shape(value)[0])
+        total += share * _size(value)
+    return round(total)
+
+
+def _experts_flops(shapes: dict[str, list[int]]) -> int:
+    """Two for each weight of each pair's expert."""
+    weights = [shapes[name] for name in ("w_up", "w_down") if name in shapes]
+    return 2 * math.prod(shapes["ids"]) * sum(math.prod(shape[1:]) for shape in weights)
+
+
+def _delta_flops(shapes: dict[str, list[int]]) -> int:
+    """Token by token: decay and read, write, and query, a multiply and an add each."""
+    return 6 * math.prod(shapes["v"]) * shapes["k"][-1]
+
+
+_FLOPS: dict[str, Callable[[dict[str, list[int]]], int]] = {
+    "moe_experts": _experts_flops,
+    "moe_up": _experts_flops,
+    "moe_down_combine": _experts_flops,
+    "delta_rule": _delta_flops,
+    "delta_decode": lambda shapes: 6 * math.prod(shapes["recurrent_state"]),
+}
+
+
+def _flops(node: fx.Node) -> int | None:
+    count = _FLOPS.get(_name(node))
+    tensors = {n: t for n, t in _arguments(node).items() if isinstance(t, torch.Tensor)}
+    return count({name: _shape(tensor) for name, tensor in tensors.items()}) if count else None
+
+
+def _kernels(node: fx.Node) -> str:
+    kernels = KERNELS.get(_name(node))
+    tensors = _outputs(node)
+    if kernels is None or not tensors:
+        return ""
+    if compat.runs_triton_kernels(tensors[0].device):
+        return kernels
+    return f"on this device Inductor compiles the op's aten code; on a GPU: {kernels}"

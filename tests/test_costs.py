@@ -1,0 +1,97 @@
+"""What the report says a site needs, and what to do about one that was refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import forms
+import pytest
+import torch
+from torch import fx
+
+import inductor_moe
+from inductor_moe import advice, costs, kernels, patterns
+from inductor_moe.report import Report, Site
+
+E, K, H, W, T = forms.EXPERTS, forms.TOP_K, forms.HIDDEN, forms.INNER, 2
+
+
+def arguments(tokens):
+    return torch.randn(tokens, H), torch.randint(E, (tokens, K)), torch.rand(tokens, K)
+
+
+@pytest.mark.parametrize("tokens, reached", [(T, T * K), (40, E)])
+def test_costs_of_experts(tokens, reached):
+    report = inductor_moe.explain(forms.Experts("batched"), *arguments(tokens), dynamic=False)
+    (site,) = report.matched
+    assert site.flops == tokens * K * (2 * H * 2 * W + 2 * W * H)
+    weights = reached * (2 * W * H + H * W) * 4
+    assert site.bytes == weights + 2 * tokens * H * 4 + tokens * K * (8 + 4)
+    assert "bmm \N{MULTIPLICATION SIGN}2" in site.before and "sum" in site.before
+    assert site.after.startswith(f"moe_experts(x [{tokens}, {H}], w_up [{E}, {2 * W}, {H}]")
+    assert "moe_grouped_gemm_kernel" in site.kernels
+    assert Report.from_json(report.to_json()) == report
+
+
+def test_nodes_that_something_else_needs_are_not_before():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    shared = graph.call_function(torch.sin, (x,))
+    alone = graph.call_function(torch.cos, (shared,))
+    anchor = graph.call_function(torch.exp, (alone,))
+    after = graph.call_function(torch.neg, (anchor,))
+    graph.output(shared)
+    assert set(costs.dead_with(anchor)) == {alone, anchor, after}
+    kept = fx.Graph()
+    y = kept.call_function(torch.exp, (kept.placeholder("x"),))
+    kept.output(y)
+    assert costs.dead_with(y) == []
+
+
+def test_a_failure_to_count_is_no_failure_to_fuse(monkeypatch):
+    from inductor_moe import passes
+
+    monkeypatch.setattr(passes, "costs_of", lambda *_: 1 / 0)
+    with pytest.warns(inductor_moe.errors.RewriteFailedWarning, match="counting"):
+        report = inductor_moe.explain(forms.Experts("batched"), *arguments(T))
+    (site,) = report.matched
+    assert site.bytes is None and site.after == ""
+
+
+def test_kernels_that_are_named_exist():
+    folder = Path(kernels.__path__[0])
+    source = "".join(file.read_text() for file in folder.glob("*.py"))
+    named = set(re.findall(r"\w+_kernel\b", " ".join(costs.KERNELS.values())))
+    assert len(named) > 8
+    for kernel in named:
+        assert f"def {kernel}(" in source, kernel
+    for op in costs.KERNELS:
+        assert hasattr(torch.ops.inductor_moe, op), op
+
+
+def refusals():
+    """The constant words of every refusal in the sources."""
+    folder = Path(patterns.__path__[0])
+    source = "".join(file.read_text() for file in sorted(folder.rglob("*.py")))
+    return re.findall(r"Refusal\(\s*((?:f?\"[^\n]*\"\s*)+)\)", source)
+
+
+def test_advice_fits_what_the_sources_say():
+    found = refusals()
+    assert len(found) > 50
+    special = [reason for reason in found if advice.on_refusal(reason) != advice.GENERAL]
+    assert len(special) > len(found) / 2
+    for words, text in advice._ADVICE[1:]:
+        assert any(advice.on_refusal(reason) == text for reason in found), words
+
+
+def test_a_refused_site_has_advice():
+    leaky = forms.Experts("batched", extra=lambda up, h, out: up)
+    (site,) = inductor_moe.explain(leaky, *arguments(T)).refused
+    assert "is used by" in site.reason and "needed outside" in site.advice
+
+
+def test_advice_is_in_the_text_of_a_report():
+    report = Report((Site("moe_experts", "moe", reason="h, inside the expert block, is used"),))
+    assert report.sites[0].advice in str(report)
