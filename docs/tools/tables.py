@@ -1,0 +1,176 @@
+"""Benchmark tables from the JSON files of measurements, for README.md and the documentation.
+
+python docs/tools/tables.py         rewrite the table in README.md
+MkDocs runs this file as a hook, which fills in the tables and lists the support table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "examples" / "benchmarks" / "results"
+HEADLINE_MODEL, HEADLINE_OPS = "qwen3.5-35b-a3b", ("moe-block", "delta-prefill", "delta-decode")
+BEGIN, END = "<!-- benchmarks: made by docs/tools/tables.py -->", "<!-- end of benchmarks -->"
+NAMES = {"ours": "inductor_moe", "inductor": "Inductor", "eager": "eager", "fla": "fla"}
+
+
+@dataclasses.dataclass
+class Table:
+    """One op of one model on one GPU; `cells` maps size -> provider -> (microseconds, error)."""
+
+    op: str
+    model: str
+    dimension: str
+    gpu: str
+    versions: str
+    commit: str
+    command: str
+    cells: dict[int, dict[str, tuple[float | None, float | None]]]
+    eager_error: dict[int, float | None]
+    of_ceiling: dict[int, float | None]
+
+
+def load(folder: Path = RESULTS) -> list[Table]:
+    """The tables of every file; of an op and model measured twice, the file that sorts last."""
+    found: dict[tuple[str, str, str], Table] = {}
+    for path in sorted(folder.glob("*.json")):
+        held = json.loads(path.read_text())
+        if "format" not in held:
+            held = _converted(held)
+        found.update({(t.op, t.model, t.gpu): t for t in _tables(held)})
+    return list(found.values())
+
+
+def _converted(held: dict[str, Any]) -> dict[str, Any]:
+    """A file from before `inductor-moe bench`: one MoE block, a line for each size."""
+    rows = [
+        {
+            "op": "moe-block",
+            "model": held["benchmark"].split()[0],
+            "size": {"tokens": row["tokens"]},
+            "provider": provider,
+            "us": row[f"{provider}_us"],
+            "error": row[f"{provider}_error"],
+            "eager_error": row["eager_error"],
+            "of_ceiling": None,
+        }
+        for row in held["rows"]
+        for provider in ("ours", "inductor")
+    ]
+    return {**held, "versions": {"torch": held["torch"]}, "rows": rows}
+
+
+def _tables(held: dict[str, Any]) -> list[Table]:
+    tables: dict[tuple[str, str], Table] = {}
+    versions = ", ".join(
+        f"{name} {held['versions'][name]}"
+        for name in ("torch", "triton")
+        if name in held["versions"]
+    )
+    for row in held["rows"]:
+        ((dimension, size),) = row["size"].items()
+        key = (row["op"], row["model"])
+        if key not in tables:
+            tables[key] = Table(
+                *key, dimension, held["gpu"], versions, held["commit"], held["command"], {}, {}, {}
+            )
+        table = tables[key]
+        table.cells.setdefault(size, {})[row["provider"]] = (row["us"], row["error"])
+        table.eager_error[size] = row["eager_error"]
+        if row["provider"] == "ours":
+            table.of_ceiling[size] = row["of_ceiling"]
+    return list(tables.values())
+
+
+def markdown(table: Table) -> str:
+    """A row for each size: times, how often ours fits into each other one, error, ceiling."""
+    providers = [
+        name for name in NAMES if any(row.get(name, (None,))[0] for row in table.cells.values())
+    ]
+    others = [name for name in providers if name != "ours"]
+    head = [table.dimension, *(f"{NAMES[name]}, µs" for name in providers)]
+    head += [f"{NAMES[name]} / inductor_moe" for name in others]
+    bounded = any(share is not None for share in table.of_ceiling.values())
+    head += ["of the least possible time"] * bounded + ["error (eager's)"]
+    lines = [_line(head), _line(["---:"] * len(head))]
+    for size, row in sorted(table.cells.items()):
+        ours, error = row.get("ours", (None, None))
+        line = [f"{size:,}", *(_shown(row.get(name, (None,))[0], "{:,.1f}") for name in providers)]
+        for name in others:
+            other = row.get(name, (None,))[0]
+            line.append(_shown(other / ours if other and ours else None, "{:.2f}"))
+        if bounded:
+            line.append(_shown(table.of_ceiling.get(size), "{:.0%}"))
+        eager = table.eager_error[size]
+        line.append(f"{_shown(error, '{:.1e}')} ({_shown(eager, '{:.1e}')})")
+        lines.append(_line(line))
+    return "\n".join(lines)
+
+
+def caption(table: Table) -> str:
+    """What was measured, where, and how to repeat it."""
+    commit = f", commit {table.commit[:9]}" if table.commit else ""
+    return (
+        f"`{table.op}` of {table.model}, bf16, on one {table.gpu}; {table.versions}{commit}; "
+        f"`{table.command}`"
+    )
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def headline(tables: list[Table]) -> str:
+    """The tables of the README: one model, the whole MoE block and the delta rule."""
+    chosen = [
+        table
+        for op in HEADLINE_OPS
+        for table in tables
+        if (table.op, table.model) == (op, HEADLINE_MODEL)
+    ]
+    if not chosen:
+        return "No measurement lies in `examples/benchmarks/results/` yet."
+    return "\n\n".join(f"{caption(table)}:\n\n{markdown(table)}" for table in chosen)
+
+
+def every_table(tables: list[Table]) -> str:
+    """The page of all measurements."""
+    ordered = sorted(tables, key=lambda table: (table.gpu, table.op, table.model))
+    if not ordered:
+        return "No measurement lies in `examples/benchmarks/results/` yet."
+    return "\n\n".join(
+        f"## {table.op}, {table.model}\n\n{caption(table)}\n\n{markdown(table)}"
+        for table in ordered
+    )
+
+
+def updated(text: str, tables: list[Table]) -> str:
+    """A text with the headline between its two marks."""
+    pattern = re.compile(re.escape(BEGIN) + r".*?" + re.escape(END), re.DOTALL)
+    body = f"{BEGIN}\n{headline(tables)}\n{END}"
+    return pattern.sub(lambda _: body, text)
+
+
+def on_config(config: Any) -> None:
+    """The support table is a page where it has been made."""
+    if (Path(config.docs_dir) / "support.md").is_file():
+        config.nav[2:2] = [{"Supported models": "support.md"}]
+
+
+def on_page_markdown(text: str, page: Any, **_: Any) -> str:
+    del page
+    return text.replace("<!-- every benchmark -->", every_table(load()))
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(updated(readme.read_text(), load()))

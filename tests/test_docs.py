@@ -1,0 +1,170 @@
+"""Every code block of the documentation runs, and what it shows of measurements is their JSON.
+
+A page's blocks run in order and share their names; a block with a title is a file. Blocks that
+need a GPU or a clone say so and only have to parse; those that need time run with the slow tests.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from inductor_moe.cli import app
+from inductor_moe.config import Options
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = {str(path.relative_to(DOCS)): path.read_text() for path in sorted(DOCS.rglob("*.md"))}
+FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+RUNNER = """
+import json, os, pathlib, subprocess, sys, time
+import torch
+for page, blocks in json.loads(pathlib.Path("blocks.json").read_text()).items():
+    folder = pathlib.Path(page).with_suffix("").resolve()
+    folder.mkdir(parents=True)
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    names = {"__name__": "__main__"}
+    for language, title, text in blocks:
+        start = time.perf_counter()
+        try:
+            if title:
+                pathlib.Path(title).write_text(text)
+            elif language == "python":
+                exec(compile(text, page, "exec"), names)
+            else:
+                subprocess.run(["bash", "-euo", "pipefail", "-c", text], check=True)
+        except BaseException:
+            print("FAILED:", page, text, sep="\\n", file=sys.stderr)
+            raise
+        print(f"{page}: {time.perf_counter() - start:.1f} s")
+    sys.path.remove(str(folder))
+    os.chdir(folder.parents[page.count("/")])
+    torch._dynamo.reset()
+"""
+
+
+def blocks(text):
+    """(language, title, what it needs, text) of every block; tables and pictures are no code."""
+    for language, extra, body in FENCE.findall(text):
+        found = dict(re.findall(r'(\w+)="([^"]*)"', extra))
+        assert set(found) <= {"title", "needs"}, extra
+        yield language, found.get("title", ""), found.get("needs", ""), body
+
+
+ALL = [(page, *block) for page, text in PAGES.items() for block in blocks(text)]
+
+
+def test_what_a_block_needs_is_known():
+    assert {needs for _, _, _, needs, _ in ALL} <= {"", "gpu", "clone", "time"}
+    assert {language for _, language, _, _, _ in ALL} <= {"python", "sh"}
+    skipped = sum(bool(needs) for _, _, _, needs, _ in ALL)
+    assert skipped < len(ALL) / 2
+
+
+def test_python_blocks_parse():
+    for page, language, _, _, body in ALL:
+        if language == "python":
+            ast.parse(body, page)
+
+
+def test_commands_exist_with_their_options():
+    """Also of the blocks that are not run."""
+    for page, language, _, _, body in ALL:
+        for line in body.splitlines() if language == "sh" else ():
+            words = line.split()
+            if words[:1] != ["inductor-moe"]:
+                continue
+            command = COMMANDS[words[1]]
+            known = {option for parameter in command.params for option in parameter.opts}
+            assert {w for w in words if w.startswith("--")} <= known, f"{page}: {line}"
+
+
+@pytest.mark.parametrize("needs", ["", pytest.param("time", marks=pytest.mark.slow)])
+def test_blocks_run(needs, tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    runnable = {}
+    for page, language, title, what, body in ALL:
+        if what == needs and body not in readme:  # what is in both runs with the README
+            runnable.setdefault(page, []).append((language, title, body))
+    (tmp_path / "blocks.json").write_text(json.dumps(runnable))
+    (tmp_path / "runner.py").write_text(RUNNER)
+    done = subprocess.run(
+        [sys.executable, "runner.py"], cwd=tmp_path, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_every_option_is_in_the_table():
+    text = PAGES["how-to/options.md"]
+    assert re.findall(r"^\| `inductor_moe\.(\w+)` \|", text, re.MULTILINE) == list(
+        Options.__dataclass_fields__
+    )
+
+
+def test_links_and_files_exist():
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)#:]+)[^)]*\)", FENCE.sub("", text)):
+            assert (DOCS / page).parent.joinpath(target).exists(), f"{page}: {target}"
+        for name in re.findall(
+            r"`((?:inductor_moe|patterns|lowerings|tests|examples)/[\w./]*)`", text
+        ):
+            assert (ROOT / name).exists(), f"{page}: {name}"
+
+
+@pytest.fixture(scope="module")
+def tables():
+    spec = importlib.util.spec_from_file_location("tables", DOCS / "tools" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tables"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+ROW = {
+    "op": "moe-block", "model": "qwen3.5-35b-a3b", "size": {"tokens": 4}, "provider": "ours",
+    "us": 50.0, "iqr_us": 1.0, "error": 2e-3, "eager_error": 3e-3, "compile_s": 1.0, "bytes": 1.0,
+    "flops": 1.0, "of_ceiling": 0.5, "note": "",
+}  # fmt: skip
+HELD = {
+    "format": 1, "gpu": "A GPU", "versions": {"torch": "2", "triton": "3"}, "commit": "0123456789",
+    "command": "inductor-moe bench", "ceilings": {"read": 1.0, "copy": 1.0, "flops": 1.0},
+}  # fmt: skip
+
+
+def test_tables_are_made_from_the_rows(tables, tmp_path):
+    other = {**ROW, "provider": "inductor", "us": 75.0, "of_ceiling": 0.33}
+    absent = {**ROW, "provider": "fla", "us": None, "of_ceiling": None, "note": "not installed"}
+    large = {**ROW, "size": {"tokens": 1024}, "us": None, "of_ceiling": None, "note": "wrong"}
+    (tmp_path / "a.json").write_text(json.dumps({**HELD, "rows": [large, ROW, other, absent]}))
+    (table,) = tables.load(tmp_path)
+    head, _, first, second = tables.markdown(table).splitlines()
+    assert "fla" not in head
+    assert first == "| 4 | 50.0 | 75.0 | 1.50 | 50% | 2.0e-03 (3.0e-03) |"
+    assert second == "| 1,024 | - | - | - | - | 2.0e-03 (3.0e-03) |"
+    assert "A GPU" in tables.caption(table) and "012345678" in tables.caption(table)
+    assert "No measurement" in tables.headline([])
+
+
+def test_the_readme_has_the_headline_of_the_json(tables):
+    text = (ROOT / "README.md").read_text()
+    assert tables.BEGIN in text and tables.END in text
+    assert text == tables.updated(text, tables.load()), "run: python docs/tools/tables.py"
+
+
+def test_results_are_of_the_format_that_bench_reads(tables):
+    from inductor_moe.bench.results import Results
+
+    for path in tables.RESULTS.glob("*.json"):
+        if "format" in json.loads(path.read_text()):
+            Results.load(path)
