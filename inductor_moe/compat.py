@@ -304,13 +304,18 @@ def clear_graph_breaks() -> None:
     from torch._dynamo.utils import counters
 
     counters["graph_break"].clear()
+    counters["unimplemented"].clear()
 
 
 def graph_breaks() -> tuple[str, ...]:
-    """The reasons of the graph breaks since they were last cleared."""
+    """The reasons of the graph breaks since they were last cleared.
+
+    A break inside a loop makes Dynamo skip the function as a whole and is counted elsewhere.
+    """
     from torch._dynamo.utils import counters
 
-    return tuple(str(reason) for reason in counters["graph_break"])
+    skipped = [why for why in counters["unimplemented"] if "frame skipped" in str(why)]
+    return tuple(str(reason) for reason in (*counters["graph_break"], *skipped))
 
 
 @contextlib.contextmanager

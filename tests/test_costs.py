@@ -92,6 +92,21 @@ def test_a_refused_site_has_advice():
     assert "is used by" in site.reason and "needed outside" in site.advice
 
 
+def test_a_break_in_a_loop_is_reported():
+    def loop(x, ids, weights):
+        y = torch.zeros_like(x)
+        for expert in range(E):
+            token, slot = torch.where(ids == expert)
+            y.index_add_(0, token, x[token] * weights[token, slot, None])
+        return y
+
+    report = inductor_moe.explain(loop, *arguments(T))
+    assert not report.sites
+    (reason,) = report.breaks
+    assert "nonzero" in reason and "sort the pairs" in advice.on_break(reason)
+    assert inductor_moe.explain(torch.sin, torch.ones(2)).breaks == ()
+
+
 def test_advice_is_in_the_text_of_a_report():
     report = Report((Site("moe_experts", "moe", reason="h, inside the expert block, is used"),))
     assert report.sites[0].advice in str(report)
