@@ -14,6 +14,8 @@ from torch import fx
 from inductor_moe import compat
 
 NAMESPACE = "inductor_moe"
+Shapes = dict[str, list[int]]  # of tensors; of an integer, its value
+
 # A site's own nodes are few; a search that meets more has left the site.
 SITE_NODES = 1024
 
@@ -34,7 +36,17 @@ KERNELS = {
     "delta_chunk_scan_kernel (a decay per channel: delta_channel_intra_kernel, "
     "delta_channel_scan_kernel)",
     "delta_decode": "delta_decode_kernel, delta_decode_tail_kernel",
+    "quantized_linear": "few tokens: quantized_up_decode_kernel; more: quantized_linear_kernel",
+    "moe_experts_quantized": "few tokens: quantized_up_decode_kernel, "
+    f"quantized_down_decode_kernel; more: {SORT}, moe_quantized_gemm_kernel twice, "
+    "moe_combine_kernel",
+    "moe_up_quantized": f"few tokens: quantized_up_decode_kernel; more: {SORT}, "
+    "moe_quantized_gemm_kernel",
+    "moe_down_combine_quantized": f"few tokens: quantized_down_decode_kernel; more: {SORT}, "
+    "moe_quantized_gemm_kernel, moe_combine_kernel",
 }
+# Tensors of an op on pairs that have a row for each token; the others have one for each expert.
+ROWS = {"x", "h", "ids", "weights", "input_weights"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,36 +187,55 @@ def _bytes(node: fx.Node) -> int | None:
         if not isinstance(value, torch.Tensor):
             continue
         share = 2.0 if name in written else 1.0
-        if pairs and name in ("w_up", "w_down", "bias_up", "bias_down"):
+        if pairs and name not in ROWS:
             share = min(1.0, pairs / _shape(value)[0])
         total += share * _size(value)
     return round(total)
 
 
-def _experts_flops(shapes: dict[str, list[int]]) -> int:
+def _experts_flops(shapes: Shapes) -> int:
     """Two for each weight of each pair's expert."""
     weights = [shapes[name] for name in ("w_up", "w_down") if name in shapes]
     return 2 * math.prod(shapes["ids"]) * sum(math.prod(shape[1:]) for shape in weights)
 
 
-def _delta_flops(shapes: dict[str, list[int]]) -> int:
+def _packed_experts_flops(shapes: Shapes) -> int:
+    hidden, inner = shapes["x"][1], shapes["inner"][0]
+    weights = shapes["up_packed"][1] * hidden + hidden * inner
+    return 2 * math.prod(shapes["ids"]) * weights
+
+
+def _packed_half_flops(shapes: Shapes) -> int:
+    width = shapes["x" if "x" in shapes else "h"][1]
+    return 2 * math.prod(shapes["ids"]) * shapes["packed"][1] * width
+
+
+def _delta_flops(shapes: Shapes) -> int:
     """Token by token: decay and read, write, and query, a multiply and an add each."""
     return 6 * math.prod(shapes["v"]) * shapes["k"][-1]
 
 
-_FLOPS: dict[str, Callable[[dict[str, list[int]]], int]] = {
+_FLOPS: dict[str, Callable[[Shapes], int]] = {
     "moe_experts": _experts_flops,
     "moe_up": _experts_flops,
     "moe_down_combine": _experts_flops,
     "delta_rule": _delta_flops,
     "delta_decode": lambda shapes: 6 * math.prod(shapes["recurrent_state"]),
+    "quantized_linear": lambda shapes: 2 * math.prod(shapes["x"]) * shapes["packed"][0],
+    "moe_experts_quantized": _packed_experts_flops,
+    "moe_up_quantized": _packed_half_flops,
+    "moe_down_combine_quantized": _packed_half_flops,
 }
 
 
 def _flops(node: fx.Node) -> int | None:
     count = _FLOPS.get(_name(node))
-    tensors = {n: t for n, t in _arguments(node).items() if isinstance(t, torch.Tensor)}
-    return count({name: _shape(tensor) for name, tensor in tensors.items()}) if count else None
+    shapes = {
+        name: _shape(value) if isinstance(value, torch.Tensor) else [value]
+        for name, value in _arguments(node).items()
+        if isinstance(value, (torch.Tensor, int))
+    }
+    return count(shapes) if count else None
 
 
 def _kernels(node: fx.Node) -> str:

@@ -34,6 +34,18 @@ def test_costs_of_experts(tokens, reached):
     assert Report.from_json(report.to_json()) == report
 
 
+def test_costs_of_packed_experts():
+    """Fewer bytes, the same work."""
+    plain = inductor_moe.explain(forms.Experts("batched"), *arguments(T), dynamic=False)
+    packed = forms.Experts("batched")
+    inductor_moe.quantize_(packed, "int4", group_size=16, verbose=False)
+    report = inductor_moe.explain(packed, *arguments(T), dynamic=False)
+    (site,), (before,) = report.matched, plain.matched
+    assert site.after.startswith("moe_experts_quantized(")
+    assert site.flops == before.flops and 0 < site.bytes < before.bytes
+    assert "quantized_up_decode_kernel" in site.kernels
+
+
 def test_nodes_that_something_else_needs_are_not_before():
     graph = fx.Graph()
     x = graph.placeholder("x")
