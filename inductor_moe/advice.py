@@ -79,9 +79,10 @@ def on_break(reason: str) -> str:
     """What to do about a graph break of Dynamo with this reason."""
     if re.search(r"nonzero|dynamic shape|data-dependent|\.item\(", reason):
         return (
-            "If this is a Python loop over the experts that were hit, choose another form. A "
-            'transformers model has model.set_experts_implementation("grouped_mm"); in code of '
-            "your own, gather the weights for each pair of token and expert, or sort the pairs."
+            "If this is a Python loop over the experts that were hit, inductor_moe.compile(model) "
+            "handles those of transformers, and so does model.set_experts_implementation("
+            '"grouped_mm"). In code of your own, gather the weights for each pair of token and '
+            "expert, or sort the pairs."
         )
     return (
         "What lies on both sides of a break is compiled apart. "

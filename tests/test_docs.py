@@ -162,6 +162,21 @@ def test_the_readme_has_the_headline_of_the_json(tables):
     assert text == tables.updated(text, tables.load()), "run: python docs/tools/tables.py"
 
 
+def test_support_is_summed_up_from_its_json(tables, tmp_path):
+    result = {"expected": {"moe_experts": 1}, "whole": True, "wrong": False}
+    rows = [
+        {**result, "family": "one"},
+        {**result, "family": "two"},
+        {**result, "family": "two", "whole": False},
+        {**result, "family": "none", "expected": {}},
+    ]
+    path = tmp_path / "support.json"
+    path.write_text(json.dumps({"transformers": "5", "results": rows}))
+    text = tables.support(path)
+    assert "2 families of transformers 5" in text.replace("\n", " ")
+    assert "not in every form: two." in text and "Rewritten whole: one." in text
+
+
 def test_results_are_of_the_format_that_bench_reads(tables):
     from inductor_moe.bench.results import Results
 

@@ -1,6 +1,6 @@
-"""Benchmark tables from the JSON files of measurements, for README.md and the documentation.
+"""Tables from JSON, for README.md and the documentation: measurements, supported models.
 
-python docs/tools/tables.py         rewrite the table in README.md
+python docs/tools/tables.py         rewrite what README.md has of them
 MkDocs runs this file as a hook, which fills in the tables and lists the support table.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "examples" / "benchmarks" / "results"
 HEADLINE_MODEL, HEADLINE_OPS = "qwen3.5-35b-a3b", ("moe-block", "delta-prefill", "delta-decode")
 BEGIN, END = "<!-- benchmarks: made by docs/tools/tables.py -->", "<!-- end of benchmarks -->"
+SUPPORT = ROOT / "docs" / "data" / "support.json"
+SUPPORT_BEGIN = "<!-- support: made by docs/tools/tables.py -->"
+SUPPORT_END = "<!-- end of support -->"
 NAMES = {"ours": "inductor_moe", "inductor": "Inductor", "eager": "eager", "fla": "fla"}
 
 
@@ -153,11 +157,39 @@ def every_table(tables: list[Table]) -> str:
     )
 
 
+def support(path: Path = SUPPORT) -> str:
+    """How many families are rewritten whole, and the names of both sorts."""
+    held = json.loads(path.read_text())
+    families: dict[str, list[bool]] = {}
+    for result in held["results"]:
+        if result["expected"]:
+            families.setdefault(result["family"], []).append(result["whole"])
+    whole = sorted(name for name, results in families.items() if all(results))
+    rest = sorted(families.keys() - whole)
+    wrong = sum(result["wrong"] for result in held["results"])
+    text = (
+        f"Of the {len(families)} families of transformers {held['transformers']} with expert or "
+        f"delta-rule layers, {len(whole)} have every layer rewritten in every form that was run; "
+        f"{wrong} wrong results."
+    )
+    lines = textwrap.wrap(text, 98)
+    if rest:
+        lines += ["", *textwrap.wrap(f"Not, or not in every form: {', '.join(rest)}.", 98)]
+    names = textwrap.wrap(f"Rewritten whole: {', '.join(whole)}.", 98)
+    return "\n".join([*lines, "", *names])
+
+
 def updated(text: str, tables: list[Table]) -> str:
-    """A text with the headline between its two marks."""
-    pattern = re.compile(re.escape(BEGIN) + r".*?" + re.escape(END), re.DOTALL)
-    body = f"{BEGIN}\n{headline(tables)}\n{END}"
-    return pattern.sub(lambda _: body, text)
+    """A text with the headline and the support summary between their marks."""
+    text = _between(text, BEGIN, END, headline(tables))
+    if SUPPORT.is_file():
+        text = _between(text, SUPPORT_BEGIN, SUPPORT_END, support())
+    return text
+
+
+def _between(text: str, begin: str, end: str, body: str) -> str:
+    pattern = re.compile(re.escape(begin) + r".*?" + re.escape(end), re.DOTALL)
+    return pattern.sub(lambda _: f"{begin}\n{body}\n{end}", text)
 
 
 def on_config(config: Any) -> None:
