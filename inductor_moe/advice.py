@@ -58,6 +58,32 @@ _ADVICE = (
         "their rows. Compute them from the same expert numbers, as transformers does.",
     ),
     (
+        r"not the delta rule|cuts through an axis|computes in float",
+        "The calls were evaluated and compute something else than the op, or in another "
+        "precision. Compare the update with the docstring of inductor_moe::delta_rule: decay, "
+        "correction, write, read.",
+    ),
+    (
+        r"rounds .* values",
+        "A cast to fewer bits changes values that the op would keep. Remove the cast, or make it "
+        "where the op rounds: before and behind the layer.",
+    ),
+    (
+        r"packed|a linear layer|output dtype of its own",
+        "Packed weights are fused where they are used as they are, by a linear layer or by "
+        "experts. Elsewhere they are dequantised first, which is right but saves no time.",
+    ),
+    (
+        r"another number of experts|other ids|same experts|different inputs",
+        "Both products of a pair of token and expert must use that pair's expert: the same "
+        "expert numbers, the same number of experts, the same tokens.",
+    ),
+    (
+        r"routing weight|pair|sum over the experts|sum is not over|sum the rows|tokens",
+        "Each pair of token and expert has one row, one weight and one place in the sum over a "
+        "token's experts. Repeat the tokens, weigh the rows and sum them pair by pair.",
+    ),
+    (
         r"bias",
         "A bias must have the shape [experts, out] and be gathered by the ids that gather the "
         "weights.",

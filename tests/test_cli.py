@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import pytest
+import typer.main
 from typer.testing import CliRunner
 
 import inductor_moe
@@ -52,12 +53,19 @@ def script(tmp_path):
     return file
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("explain",), ("bisect",), ("doctor",)])
+COMMANDS = sorted(typer.main.get_command(app).commands)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_has_examples(invoke, command):
-    result = invoke(*command, "--help")
+    result = invoke(*command.split(), "--help")
     assert result.exit_code == 0, result.output
-    assert "Examples:" in result.output
-    assert f"inductor-moe {' '.join(command)}".strip() in result.output
+    _, _, examples = result.output.partition("Examples:")
+    lines = [line.split() for line in examples.splitlines() if line.strip()]
+    assert lines
+    for line in lines:
+        assert line[0] == "inductor-moe" and line[1] in COMMANDS
+        assert command in ("", line[1])
 
 
 def test_version(invoke):
