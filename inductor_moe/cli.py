@@ -250,7 +250,7 @@ def package(
     """
     from inductor_moe.aoti.audit import inspect
 
-    with _clear_errors():
+    with _clear_errors(), errors.status(escape(f"read {check}")):
         contents = inspect(check)
     console.print(escape(str(contents)), soft_wrap=True)
     if contents.python_ops:
