@@ -59,6 +59,7 @@ def rule_inputs(tokens, dtype=torch.float32, per_channel=False):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_dynamic_delta_rule_needs_no_python(tmp_path):
     dim = {1: torch.export.Dim("tokens", min=2, max=288)}
     with torch.no_grad():

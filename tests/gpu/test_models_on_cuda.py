@@ -36,7 +36,7 @@ KINDS = {
     "batched-cudagraph": (torch.bfloat16, "batched_mm", None, "reduce-overhead"),
     "fp32": (torch.float32, "batched_mm", None, "default"),
 }
-EVERY_KIND = ("qwen3_5_moe_text", "gpt_oss", "deepseek_v3")
+EVERY_KIND = ("qwen3_moe", "qwen3_5_moe_text", "gpt_oss", "deepseek_v3")
 CASES = [
     pytest.param(family, *kind, id=f"{family.name}-{name}")
     for family in zoo.MOE
@@ -54,7 +54,7 @@ def test_prefill_and_decode(family, dtype, experts, dynamic, mode):
     logits = {"fused": [], "eager": [], "reference": []}
     with torch.no_grad(), collected() as reports:
         for name, module in (("reference", exact), ("eager", model), ("fused", compiled)):
-            for length in (16, 70):
+            for length in (16, 65, 70):
                 ids = zoo.prompt(model, length, seed=length).cuda()
                 logits[name].append(module(ids, use_cache=False).logits.clone())
             source = exact if name == "reference" else model

@@ -12,7 +12,24 @@ import zoo
 from inductor_moe.backend import collected
 from inductor_moe.testing import fused_layers, graph_backend, relative_error
 
-FAMILIES = [pytest.param(family, id=family.name) for family in zoo.DELTA]
+
+def each(*forms, quick):
+    """Every family, in every form if there are several; those not in `quick` are slow."""
+    cases = []
+    for family in zoo.DELTA:
+        for form in forms or (None,):
+            case = (family.name, form) if forms else family.name
+            cases.append(
+                pytest.param(
+                    family, *([DTYPES[form]] if forms else []),
+                    id="-".join(filter(None, (family.name, form))),
+                    marks=() if case in quick else pytest.mark.slow,
+                )
+            )  # fmt: skip
+    return cases
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @functools.cache
@@ -26,7 +43,7 @@ def close(found, eager, reference):
     assert error <= 2 * budget + 1e-6, f"fused {error:.2e}, eager {budget:.2e}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each(quick=("qwen3_5_moe_text", "kimi_linear", "olmo_hybrid")))
 def test_one_dynamic_graph_serves_every_length(family):
     model, exact = zoo.prepare(built(family), torch.float32, "batched_mm", family.switchable)
     compiled = torch.compile(model, backend=graph_backend(), fullgraph=True, dynamic=True)
@@ -49,8 +66,13 @@ def states(cache):
     return [(layer.conv_states[0], layer.recurrent_states[0]) for layer in layers]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family, dtype",
+    each(
+        "bf16", "fp32",
+        quick=(("qwen3_5_moe_text", "bf16"), ("kimi_linear", "bf16"), ("olmo_hybrid", "fp32")),
+    ),
+)  # fmt: skip
 def test_decode_keeps_its_states(family, dtype):
     model, exact = zoo.prepare(built(family), dtype, "batched_mm", family.switchable)
     compiled = torch.compile(model, backend=graph_backend(), fullgraph=True)

@@ -15,14 +15,17 @@ PROMPT, LONGER = 16, 70
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 EXPERTS = {"grouped": "grouped_mm", "batched": "batched_mm"}
 SHAPES = {"static": None, "dynamic": True}
-# Every family in one form; the other forms of a few. -m slow runs the rest.
-EVERY_FORM_OF = ("qwen3_moe", "qwen3_5_moe_text", "gpt_oss", "deepseek_v3")
+# A few families in a form or two; -m slow runs every family in every form.
+QUICK = {
+    "bf16-grouped-static": (
+        "qwen3_moe", "qwen3_5_moe_text", "mixtral", "deepseek_v2", "gpt_oss", "llama4_text",
+    ),
+    "fp32-batched-dynamic": ("qwen3_5_moe_text", "gpt_oss", "deepseek_v3"),
+}  # fmt: skip
 
 
 def quick(family, form):
-    if form == "bf16-grouped-static":
-        return True
-    return form == "fp32-batched-dynamic" and family.name in EVERY_FORM_OF
+    return family.name in QUICK.get(form, ())
 
 
 CASES = [
