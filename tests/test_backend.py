@@ -36,11 +36,11 @@ def test_options_are_split_from_inductors():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"inductor_moe.stict": True}, "valid options: inductor_moe.disable, inductor_moe.strict"),
+        ({"inductor_moe.stict": True}, "valid options: inductor_moe.disable, inductor_moe.limit, inductor_moe.strict"),
         ({"inductor_moe.strict": "yes"}, "must be True or False, got 'yes'"),
         (
             {"inductor_moe.disable": "moe.expert"},
-            "which is no rewrite; known: moe.experts.grouped",
+            "which is no rewrite; known: moe.experts.called, moe.experts.grouped",
         ),
         ({"inductor_moe.disable": 3}, "must be a rewrite name or a list of them, got 3"),
     ],
