@@ -36,7 +36,10 @@ def test_options_are_split_from_inductors():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"inductor_moe.stict": True}, "valid options: inductor_moe.disable, inductor_moe.limit, inductor_moe.strict"),
+        (
+            {"inductor_moe.stict": True},
+            "valid options: inductor_moe.disable, inductor_moe.limit, inductor_moe.strict",
+        ),
         ({"inductor_moe.strict": "yes"}, "must be True or False, got 'yes'"),
         (
             {"inductor_moe.disable": "moe.expert"},

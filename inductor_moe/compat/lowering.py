@@ -1,0 +1,182 @@
+"""Inductor lowerings, the ops they are for, and symbolic sizes."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from inductor_moe.errors import FallbackWarning
+
+
+def statically_true(condition: Any) -> bool:
+    """Whether a condition over SymInts holds for every value, without adding a guard."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(condition))
+
+
+def is_symbolic(value: Any) -> bool:
+    """Whether a size is symbolic."""
+    return isinstance(value, torch.SymInt)
+
+
+def upper_bound(size: Any) -> int | None:
+    """The largest value a size can have, None if it has no bound."""
+    if isinstance(size, int):
+        return size
+    bound = size.node.shape_env.bound_sympy(size.node.expr).upper
+    return int(bound) if bound.is_Integer and int(bound) < 2**40 else None
+
+
+def packaging() -> bool:
+    """Whether the graph that is being lowered is for an AOTInductor package."""
+    from torch._inductor.virtualized import V
+
+    return bool(getattr(V.graph, "aot_mode", False))
+
+
+@functools.cache
+def runs_triton_kernels(device: torch.device) -> bool:
+    """Whether our kernels run on a device: CUDA, sm_80 or later, Triton installed. Warns once."""
+    if device.type == "cpu":
+        return False
+    reason = _no_triton_reason(device)
+    if reason is not None:
+        warnings.warn(
+            f"inductor_moe: {reason}; fused sites run through PyTorch's own ops instead",
+            FallbackWarning,
+            stacklevel=2,
+        )
+    return reason is None
+
+
+def _no_triton_reason(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"there are no kernels for device {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, below 8.0"
+    return None
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """A Triton kernel whose launch can be traced into a graph."""
+    from torch.library import wrap_triton as wrap
+
+    return wrap(kernel)
+
+
+def register_lowering(op: Any, lowering: Callable[..., Any]) -> None:
+    """Register the Inductor lowering of an op overload."""
+    from torch._inductor.lowering import register_lowering as inductor_register
+
+    inductor_register(op, type_promotion_kind=None)(lowering)
+
+
+def fake_arguments() -> tuple[Any, ...]:
+    """The fake values of the positional arguments of the node that is being lowered."""
+    from torch._inductor.virtualized import V
+
+    return tuple(fx.map_arg(V.graph.current_node.args, lambda n: n.meta["val"]))
+
+
+def lower_to_eager_call(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Lower to a call of the op's eager kernel."""
+    from torch._inductor.lowering import fallback_handler
+
+    handler: Any = fallback_handler
+    return handler(op, add_to_fallback_set=False)(*args, **kwargs)
+
+
+def lower_by_tracing(
+    implementation: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Lower implementation(*args) where the args are Inductor IR, from inside a lowering.
+
+    Runs the function on fake tensors and lowers the graph it leaves. Inputs of Triton launches
+    are realised first and their fakes get the strides of the buffers, which Inductor may have
+    padded: what the kernels are told is what the buffers are.
+    """
+    from torch._inductor import ir
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.lowering import process_subgraph_nodes
+    from torch._inductor.virtualized import V
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils import _pytree as pytree
+
+    node = V.graph.current_node
+    fake_args, fake_kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    values, spec = pytree.tree_flatten((args, kwargs))
+    fakes = pytree.tree_leaves((tuple(fake_args), dict(fake_kwargs)))
+    boxes, inputs = [], []
+    for position, (value, fake) in enumerate(zip(values, fakes, strict=True)):
+        if not isinstance(fake, torch.Tensor):
+            continue
+        if fake.device.type != "cpu":
+            value = _realised(value, ir)
+            values[position] = value
+            with V.fake_mode:
+                fake = _with_strides(fake, value.get_stride())
+        boxes.append(value)
+        inputs.append(fake)
+        fakes[position] = _Hole
+
+    def call(*tensors: torch.Tensor) -> Any:
+        remaining = iter(tensors)
+        filled = [next(remaining) if fake is _Hole else fake for fake in fakes]
+        call_args, call_kwargs = pytree.tree_unflatten(filled, spec)
+        return implementation(*call_args, **call_kwargs)
+
+    with V.fake_mode:
+        traced = make_fx(call, decomposition_table=select_decomp_table())(*inputs)
+    return process_subgraph_nodes(traced, boxes)
+
+
+class _Hole:
+    """Stands where a tensor argument goes."""
+
+
+def _realised(value: Any, ir: Any) -> Any:
+    value = ir.ExternKernel.realize_input(value)
+    storage = value.data if isinstance(value, ir.TensorBox) else value
+    if ir.is_storage_and_layout(storage):
+        ir.as_storage_and_layout(storage, freeze=True)
+    return value if isinstance(value, ir.TensorBox) else ir.TensorBox(value)
+
+
+def _with_strides(fake: torch.Tensor, strides: Any) -> torch.Tensor:
+    """The fake with a buffer's strides, where they differ."""
+    known = [s.node.expr if isinstance(s, torch.SymInt) else s for s in fake.stride()]
+    if all(left == right for left, right in zip(known, strides, strict=True)):
+        return fake
+    from torch._inductor.virtualized import V
+
+    shape_env = V.graph.sizevars.shape_env
+    symbolic = [
+        int(s) if getattr(s, "is_number", True) else shape_env.create_symintnode(s, hint=None)
+        for s in strides
+    ]
+    return torch.empty_strided(fake.shape, symbolic, dtype=fake.dtype, device=fake.device)
+
+
+def schema_of(op: Any) -> Any:
+    """The schema of an op overload: its qualified name and its arguments."""
+    return op._schema
+
+
+def size_hint(size: Any, fallback: int = 1024) -> int:
+    """A Python int for a size: itself, or the value its symbol had when it was first traced."""
+    if isinstance(size, int):
+        return size
+    hint = getattr(size.node, "hint", None)
+    return fallback if hint is None else int(hint)
