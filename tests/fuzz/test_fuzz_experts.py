@@ -1,6 +1,6 @@
 """Random expert blocks: rewritten to what they compute, or not at all.
 
-FUZZ_CASES sets the number of cases over all fuzz tests (600 by default); the nightly command is
+FUZZ_CASES sets the number of cases over all fuzz tests (1,000 by default); the nightly command is
 FUZZ_CASES=20000 pytest tests/fuzz
 """
 
@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-CASES = int(os.environ.get("FUZZ_CASES", "600"))
+CASES = int(os.environ.get("FUZZ_CASES", "1000"))
 SHARDS = 8
 QUIET = {
     "deadline": None,
