@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from inductor_moe.patterns.rewrite import Refusal
 from inductor_moe.patterns.walk import (
     SHAPES,
     aten,
+    dtype,
     is_call,
     is_float_cast,
     number,
     plain_binary,
     same,
     sizes,
+    unrounded,
 )
 
 
@@ -121,3 +124,14 @@ def check_dtypes(nodes: Any, state: fx.Node) -> None:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.dtype == torch.float64:
             raise Refusal(f"{node.name} computes in float64; the op computes in float32")
+
+
+def check_rounding(nodes: Iterable[fx.Node], ends: Iterable[fx.Node]) -> None:
+    """Refuse a region that rounds in between to a dtype that none of its inputs and results has.
+
+    The op leaves casts out; in fp32 that would undo a rounding that the model asks for.
+    """
+    kinds = {dtype(node) for node in ends}
+    for node in nodes:
+        if is_float_cast(node) and dtype(node) not in kinds:
+            unrounded(node, torch.float32)

@@ -21,6 +21,7 @@ from inductor_moe.patterns.delta_rule.chain import after, last_updates, read_cha
 from inductor_moe.patterns.delta_rule.peel import (
     Operand,
     check_dtypes,
+    check_rounding,
     without_norm,
     without_scale,
 )
@@ -90,6 +91,7 @@ def walk(last: fx.Node) -> UnrolledSite:
     if norms[0] is not None and norms[1] is not None and norms[0][1] == norms[1][1]:
         (operands["q"], eps), (operands["k"], _) = norms
     kept, finals = _state(chain.state, final, interior)
+    check_rounding(interior, (*region.inputs, chain.state, parts.out, *finals))
     form = "one step"
     if chain.chunked:
         form = f"{chain.length} chunks of {chain.inner}"
