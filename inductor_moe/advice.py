@@ -101,15 +101,43 @@ def on_refusal(reason: str) -> str:
     return next((text for words, text in _ADVICE if re.search(words, reason)), GENERAL)
 
 
+_TRANSFORMERS = (
+    "In a transformers model it is the loop over the experts that were hit: "
+    'model.set_experts_implementation("grouped_mm"), or inductor_moe.compile(model), replaces it. '
+)
+_SORT = (
+    "To have experts fused, gather the weights for each pair of token and expert, or sort the "
+    "pairs."
+)
+
+# The first that matches is shown.
+_BREAKS = (
+    (
+        r"[Dd]ata-dependent (branching|control|jump|assert)",
+        "No setting of Dynamo traces a branch on values. In a loop over experts leave the "
+        "condition out: an expert without tokens adds nothing. " + _TRANSFORMERS + _SORT,
+    ),
+    (
+        r"_local_scalar_dense|\.item\(|\.tolist\(|capture_scalar_outputs",
+        "torch._dynamo.config.capture_scalar_outputs = True traces .item() and .tolist(); "
+        "inductor_moe.compile(model) turns it on where a forward calls them. A count that decides "
+        "how long a slice is may break all the same. " + _TRANSFORMERS + _SORT,
+    ),
+    (
+        r"nonzero|[Dd]ynamic shape|bincount|data-dependent",
+        "torch._dynamo.config.capture_dynamic_output_shape_ops = True traces nonzero, where and "
+        "masks as indices; inductor_moe.compile(model) turns it on where a forward has them. "
+        + _TRANSFORMERS
+        + _SORT,
+    ),
+)
+
+
 def on_break(reason: str) -> str:
     """What to do about a graph break of Dynamo with this reason."""
-    if re.search(r"nonzero|dynamic shape|data-dependent|\.item\(", reason):
-        return (
-            "If this is a Python loop over the experts that were hit, inductor_moe.compile(model) "
-            "handles those of transformers, and so does model.set_experts_implementation("
-            '"grouped_mm"). In code of your own, gather the weights for each pair of token and '
-            "expert, or sort the pairs."
-        )
+    for words, text in _BREAKS:
+        if re.search(words, reason):
+            return text
     return (
         "What lies on both sides of a break is compiled apart. "
         'TORCH_LOGS="graph_breaks" names the line.'

@@ -24,8 +24,7 @@ def moe_route_lowering(logits: Any, *args: Any) -> Any:
     """One launch where the device runs our kernels, else softmax and top-k in aten."""
     if not compat.runs_triton_kernels(logits.device):
         return moe_route.moe_route_cpu(logits, *args)
-    top_k, scoring, normalise = args
-    return moe_route.moe_route_cuda(logits, top_k, scoring, normalise, compat.wrap_triton)
+    return moe_route.moe_route_cuda(logits, *args, wrap=compat.wrap_triton)
 
 
 def _lowering(launcher: str, aten: Callable[..., Any], ids: int) -> Callable[..., Any]:

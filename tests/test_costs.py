@@ -119,6 +119,44 @@ def test_a_break_in_a_loop_is_reported():
     assert inductor_moe.explain(torch.sin, torch.ones(2)).breaks == ()
 
 
+def select(x, ids):
+    token, _ = torch.where(ids == 0)
+    return x[token] * 2
+
+
+def count(x, ids):
+    return x * float((ids == 0).sum().item())
+
+
+def skip(x, ids):
+    for expert in range(E):
+        if (ids == expert).any():
+            x = x + 1
+    return x
+
+
+@pytest.mark.parametrize(
+    ("function", "setting"),
+    [
+        (select, "capture_dynamic_output_shape_ops"),
+        (count, "capture_scalar_outputs"),
+    ],
+)
+def test_the_setting_named_for_a_break_removes_it(function, setting):
+    x, ids, _ = arguments(T)
+    (reason,) = inductor_moe.explain(function, x, ids).breaks
+    assert f"torch._dynamo.config.{setting} = True" in advice.on_break(reason)
+    with torch._dynamo.config.patch(setting, True):
+        assert inductor_moe.explain(function, x, ids).breaks == ()
+
+
+def test_no_setting_is_named_for_a_branch():
+    x, ids, _ = arguments(T)
+    (reason,) = inductor_moe.explain(skip, x, ids).breaks
+    assert "leave the condition out" in advice.on_break(reason)
+    assert "capture_" not in advice.on_break(reason)
+
+
 def test_advice_is_in_the_text_of_a_report():
     report = Report((Site("moe_experts", "moe", reason="h, inside the expert block, is used"),))
     assert report.sites[0].advice in str(report)

@@ -1,4 +1,4 @@
-"""The router's choice: scores, top-k and normalisation of one token in one program."""
+"""The router's choice: scores, groups, top-k and normalisation of one token in one program."""
 
 from __future__ import annotations
 
@@ -9,44 +9,93 @@ import triton.language as tl
 @triton.jit
 def moe_route_kernel(
     logits,  # [T, E] any float
+    bias,  # [E] any float, if HAS_BIAS
     weights,  # [T, K] fp32, contiguous
     ids,  # [T, K] int64, contiguous
     stride_t,
     stride_e,
+    stride_bias,
     E: tl.constexpr,
     K: tl.constexpr,
     SCORING: tl.constexpr,  # "softmax", "sigmoid" or "logits"
     NORMALISE: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    EPSILON: tl.constexpr,
+    FLOOR: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT_GROUPS: tl.constexpr,
+    GROUP_TOP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # experts of a group
     BLOCK_K: tl.constexpr,
 ):
+    SIZE: tl.constexpr = E // GROUPS
+    # The scores rise with the logits, so these choose where nothing else does.
+    BY_LOGITS: tl.constexpr = GROUPS == 1 and not HAS_BIAS
     t = tl.program_id(0).to(tl.int64)
-    e = tl.arange(0, BLOCK_E)
     k = tl.arange(0, BLOCK_K)
-    row = tl.load(logits + t * stride_t + e * stride_e, mask=e < E, other=float("-inf"))
+    i = tl.arange(0, BLOCK_G * BLOCK_S)
+    e = i // BLOCK_S * SIZE + i % BLOCK_S
+    valid = (i // BLOCK_S < GROUPS) & (i % BLOCK_S < SIZE)
+    row = tl.load(logits + t * stride_t + e * stride_e, mask=valid, other=float("-inf"))
     row = row.to(tl.float32)
     top = tl.max(row, 0)
+    taken = valid == 0
     left = row
+    score = row
+    if not BY_LOGITS:
+        if SCORING == "softmax":
+            score = tl.exp(row - top)
+            score = score / tl.sum(score, 0)
+        elif SCORING == "sigmoid":
+            score = 1.0 / (1.0 + tl.exp(-row))
+        left = score
+        if HAS_BIAS:
+            left += tl.load(bias + e * stride_bias, mask=valid, other=0.0).to(tl.float32)
+        left = tl.where(valid, left, float("-inf"))
+    if KEPT_GROUPS < GROUPS:
+        g = tl.arange(0, BLOCK_G)
+        s = tl.arange(0, BLOCK_S)
+        tile = tl.reshape(left, (BLOCK_G, BLOCK_S))
+        group = tl.zeros((BLOCK_G,), tl.float32)
+        for _ in tl.static_range(GROUP_TOP):
+            best_of_group = tl.max(tile, 1)
+            group += best_of_group
+            is_best = tile == best_of_group[:, None]
+            place = tl.min(tl.where(is_best, s[None, :], BLOCK_S), 1)
+            tile = tl.where(s[None, :] == place[:, None], float("-inf"), tile)
+        kept = g < 0
+        for _ in tl.static_range(KEPT_GROUPS):
+            open_groups = (g < GROUPS) & (kept == 0)
+            best = tl.max(tl.where(open_groups, group, float("-inf")), 0)
+            kept = kept | (g == tl.min(tl.where(open_groups & (group == best), g, GROUPS - 1), 0))
+        of_kept = tl.broadcast_to(kept[:, None], (BLOCK_G, BLOCK_S))
+        taken = taken | (tl.reshape(of_kept.to(tl.int32), (BLOCK_G * BLOCK_S,)) == 0)
+        left = tl.where(taken, float("-inf"), left)
     chosen = tl.full((BLOCK_K,), float("-inf"), tl.float32)
     chosen_ids = tl.zeros((BLOCK_K,), tl.int32)
-    taken = e >= E
     for slot in tl.static_range(K):
         best = tl.max(left, 0)
-        # The lowest expert with the best logit; -inf logits stay eligible, padding does not.
+        # The lowest expert with the best value; -inf stays eligible, padding does not.
         first = tl.min(tl.where((left == best) & (taken == 0), e, E - 1), 0)
+        if not BY_LOGITS:
+            best = tl.sum(tl.where(valid & (e == first), score, 0.0), 0)
         chosen = tl.where(k == slot, best, chosen)
         chosen_ids = tl.where(k == slot, first, chosen_ids)
         taken = taken | (e == first)
         left = tl.where(taken, float("-inf"), left)
-    if SCORING == "softmax":
+    value = chosen
+    if BY_LOGITS and SCORING == "softmax":
         value = tl.exp(chosen - top)
-        if not NORMALISE:
+        if not NORMALISE or EPSILON > 0 or FLOOR > 0:
             value = value / tl.sum(tl.exp(row - top), 0)
-    elif SCORING == "sigmoid":
+    elif BY_LOGITS and SCORING == "sigmoid":
         value = 1.0 / (1.0 + tl.exp(-chosen))
-    else:
-        value = chosen
     if NORMALISE:
-        value = value / tl.sum(tl.where(k < K, value, 0.0), 0)
-    tl.store(weights + t * K + k, value, mask=k < K)
+        total = tl.sum(tl.where(k < K, value, 0.0), 0)
+        if FLOOR > 0:
+            total = tl.maximum(total, FLOOR)
+        value = value / (total + EPSILON)
+    tl.store(weights + t * K + k, value * SCALE, mask=k < K)
     tl.store(ids + t * K + k, chosen_ids.to(tl.int64), mask=k < K)

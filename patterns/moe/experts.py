@@ -27,6 +27,7 @@ from inductor_moe.patterns.moe.rows import (
     non_negative,
     pair_column,
     repeated_rows,
+    same_ids,
     sorts_ascending,
 )
 from inductor_moe.patterns.moe.site import ExpertsSite, Projection, replace_experts
@@ -34,6 +35,7 @@ from inductor_moe.patterns.rewrite import Refusal, Rewrite
 from inductor_moe.patterns.walk import (
     aten,
     dtype,
+    flat_source,
     gather,
     is_call,
     is_float_cast,
@@ -72,7 +74,7 @@ def batched_anchors(graph: fx.Graph) -> Iterator[fx.Node]:
     for node in graph.nodes:
         operand = _gathered_operand(node)
         if operand is not None:
-            groups[operand[1]] = node
+            groups[flat_source(operand[1])] = node
     yield from groups.values()
 
 
@@ -210,7 +212,7 @@ class _Batched:
 
     def projection(self, gemm: fx.Node) -> Projection:
         operand = _gathered_operand(gemm)
-        if operand is None or operand[1] is not self.ids:
+        if operand is None or not same_ids(operand[1], self.ids):
             raise Refusal(f"{gemm.name} gathers its weights by other ids than {self.down.name}")
         if len(gemm.args) > 2 or gemm.kwargs:
             raise Refusal(f"{gemm.name} has an output dtype of its own")
@@ -227,7 +229,7 @@ class _Batched:
 
     def is_up(self, node: Any) -> bool:
         operand = _gathered_operand(node)
-        return operand is not None and operand[1] is self.ids and node is not self.down
+        return operand is not None and same_ids(operand[1], self.ids) and node is not self.down
 
     def rows_in(self, gemm: fx.Node) -> Any:
         operand = _gathered_operand(gemm)

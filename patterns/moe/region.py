@@ -15,11 +15,13 @@ from inductor_moe.patterns.walk import (
     SHAPES,
     aten,
     dtype,
+    flat_source,
     gather,
     is_call,
     is_float_cast,
     is_number,
     is_transparent,
+    only_adds_ones,
     operands,
     peel,
     plain_binary,
@@ -27,6 +29,7 @@ from inductor_moe.patterns.walk import (
     same_sizes,
     sizes,
     unrounded,
+    without_ones,
 )
 
 
@@ -62,13 +65,15 @@ def masked(node: Any, sorted_ids: Any, experts: int) -> fx.Node | None:
 
 def clamped(index: Any, ids: Any, experts: int) -> bool:
     """Whether index is `ids`, perhaps clamped to the last expert."""
-    node = peel(index)
-    if node is peel(ids):
+    if not same_sizes(without_ones(sizes(index)), without_ones(sizes(ids))):
+        return False
+    node, ids = flat_source(index), flat_source(ids)
+    if node is ids:
         return True
     bound = {aten.clamp_max.default: 1, aten.clamp.default: 2}.get(getattr(node, "target", None))
     if bound is not None and len(node.args) > bound and is_number(node.args[bound], experts - 1):
-        node = peel(node.args[0])
-    return node is peel(ids)
+        node = flat_source(node.args[0])
+    return node is ids
 
 
 def finish_projection(
@@ -84,7 +89,7 @@ def finish_projection(
     out = None if is_call(gemm, aten.bmm.default) else sizes(gemm)[-1]
     while len(node.users) == 1:
         user = next(iter(node.users))
-        if is_transparent(user):
+        if is_transparent(user) or (is_call(user, aten.select.int) and only_adds_ones(user)):
             node = user
         elif bias is None and plain_binary(user, aten.add.Tensor):
             found = _bias(user, node, experts, row_ids)

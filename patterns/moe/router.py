@@ -8,6 +8,7 @@ top-k with a division by the sum and softmax after top-k are one form.
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -15,9 +16,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from inductor_moe.compat import real_tensors
 from inductor_moe.ops.moe import moe_experts, moe_up
 from inductor_moe.ops.moe_route import MAX_EXPERTS, MAX_TOP_K, moe_route
-from inductor_moe.patterns.evaluate import computes, leaves, probe
+from inductor_moe.patterns.evaluate import computes, leaves, literals, probe
+from inductor_moe.patterns.moe.groups import Groups, read_groups, top_k_arguments
 from inductor_moe.patterns.rewrite import Refusal, Rewrite
 from inductor_moe.patterns.walk import (
     aten,
@@ -26,12 +29,37 @@ from inductor_moe.patterns.walk import (
     is_call,
     is_getitem,
     last_dim,
+    number,
+    operands,
+    peel_casts,
+    plain_binary,
     prims,
     same_sizes,
     sizes,
+    without_ones,
 )
 
 CONSUMERS = (moe_experts._opoverload, moe_up._opoverload)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighing:
+    """The weights: scale * chosen scores [/ (max(their sum, floor) + epsilon)]."""
+
+    normalise: bool = False
+    epsilon: float = 0.0
+    floor: float = 0.0
+    scale: float = 1.0
+    softmax: bool = False
+
+    def formula(self, chosen: torch.Tensor) -> torch.Tensor:
+        if self.softmax:
+            return torch.softmax(chosen, -1) * self.scale
+        if not self.normalise:
+            return chosen * self.scale
+        total = chosen.sum(-1, keepdim=True)
+        total = total.clamp(min=self.floor) if self.floor else total
+        return chosen / (total + self.epsilon) * self.scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +69,19 @@ class RouterSite:
     logits: fx.Node
     top_k: int
     scoring: str
-    normalise: bool
+    weighing: Weighing
+    bias: fx.Node | None
+    groups: Groups
     weights: fx.Node
     ids: fx.Node
 
     def describe(self) -> str:
         text = f"E={sizes(self.logits)[1]} K={self.top_k} {self.scoring}"
-        return text + (", normalised" if self.normalise else "")
+        text += ", bias" if self.bias is not None else ""
+        if self.groups.count > 1:
+            text += f", {self.groups.kept} of {self.groups.count} groups"
+        text += ", normalised" if self.weighing.normalise else ""
+        return text + (f", x {self.weighing.scale:g}" if self.weighing.scale != 1 else "")
 
 
 def anchors(graph: fx.Graph) -> Iterator[fx.Node]:
@@ -74,32 +108,81 @@ def _reaches_experts(ids: fx.Node) -> bool:
 
 def walk(topk: fx.Node) -> RouterSite:
     """Read the router around a top-k."""
-    scores, top_k, dim, largest, _ = (*topk.args, *(-1, True, True)[len(topk.args) - 2 :])
-    if len(sizes(scores)) != 2 or not last_dim(scores, dim) or not largest:
+    masked, top_k, dim, largest, _ = top_k_arguments(topk)
+    if len(sizes(masked)) != 2 or not last_dim(masked, dim) or not largest:
         raise Refusal("the top-k is not over the experts of each token")
-    experts = sizes(scores)[1]
+    experts = sizes(masked)[1]
     if not isinstance(experts, int) or experts > MAX_EXPERTS or top_k > MAX_TOP_K:
         raise Refusal(f"there are {experts} experts and {top_k} per token")
-    chosen = next((u for u in topk.users if is_getitem(u, 0, aten.topk.default)), None)
+    if dtype(masked) == torch.float64:
+        raise Refusal("the router computes in float64")
     ids = next((u for u in topk.users if is_getitem(u, 1, aten.topk.default)), None)
-    if chosen is None or ids is None:
-        raise Refusal("the chosen scores are not used")
+    if ids is None:
+        raise Refusal("the chosen experts are not used")
+    choice, groups = read_groups(masked)
+    if groups.kept * (experts // groups.count) < top_k:
+        raise Refusal(f"{groups.kept} groups hold fewer than {top_k} experts")
+    chosen, scores = _read_chosen(topk, ids, choice)
+    bias = _read_bias(choice, scores)
     logits, scoring = _read_scores(scores)
-    weights, after = _read_weights(chosen, top_k)
-    if after == "softmax":
+    gathered = is_call(chosen, aten.gather.default)
+    if groups.by_zero and (gathered or scoring == "logits"):
+        raise Refusal("a group masked with 0 may hold the best scores")
+    weights, weighing = _read_weights(chosen, top_k, scoring)
+    if weighing.softmax:
         if scoring != "logits":
             raise Refusal("the chosen scores go through a second softmax")
+        if bias is not None or groups.count > 1:
+            raise Refusal("the chosen scores are no known function of the choice")
         scoring = "softmax"
-    return RouterSite(logits, top_k, scoring, after != "as they are", weights, ids)
+    return RouterSite(logits, top_k, scoring, weighing, bias, groups, weights, ids)
+
+
+def _read_chosen(topk: fx.Node, ids: fx.Node, choice: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """(the chosen scores [T, K], the scores [T, E] that they are taken from)."""
+    for user in topk.users:
+        if is_getitem(user, 0, aten.topk.default) and user.users:
+            return user, choice
+    gathers = [
+        user
+        for user in ids.users
+        if is_call(user, aten.gather.default)
+        and user.args[1] in (1, -1)
+        and user.args[2] is ids
+        and same_sizes(sizes(user.args[0]), sizes(choice))
+    ]
+    if len(gathers) != 1:
+        raise Refusal("the chosen scores are not used, or in several ways")
+    return gathers[0], gathers[0].args[0]
+
+
+def _read_bias(choice: fx.Node, scores: fx.Node) -> fx.Node | None:
+    """The bias [E] by which the choice differs from the scores."""
+    target = peel_casts(scores, torch.float32)
+    added = peel_casts(choice, torch.float32)
+    if added is target:
+        return None
+    if plain_binary(added, aten.add.Tensor) and dtype(added) == torch.float32:
+        for part, bias in operands(added):
+            if (
+                peel_casts(part, torch.float32) is target
+                and isinstance(bias, fx.Node)
+                and dtype(bias) in (torch.float32, torch.bfloat16, torch.float16)
+                and same_sizes(without_ones(sizes(bias)), sizes(scores)[1:])
+            ):
+                return bias
+    raise Refusal("the experts are chosen by no known function of the scores")
 
 
 SCORES = {"softmax": lambda x: torch.softmax(x, -1), "sigmoid": torch.sigmoid}
 
 
 def _read_scores(scores: fx.Node) -> tuple[fx.Node, str]:
-    """(logits, scoring); scores of no known formula are logits themselves."""
+    """(logits, scoring); scores of no known formula, or rounded ones, are logits themselves."""
     values = probe(7, sizes(scores)[1], seed=11, scale=3.0)
     for logits in _behind(scores):
+        if not _is_fp32(scores, logits):
+            continue
         for name, formula in SCORES.items():
             if computes(scores, [logits], [values], formula):
                 return logits, name
@@ -119,18 +202,26 @@ def _behind(scores: fx.Node) -> list[fx.Node]:
     return [node for node in reversed(found) if leaves(scores, stop=(node,)) == [node]]
 
 
+def _is_fp32(scores: fx.Node, logits: fx.Node) -> bool:
+    """Whether no value between the two is rounded to less, which could change a close choice."""
+    stack, seen = [scores], {logits}
+    while stack:
+        node = stack.pop()
+        if node in seen or number(node) is not None:
+            continue
+        seen.add(node)
+        if dtype(node) != torch.float32:
+            return False
+        stack.extend(node.all_input_nodes)
+    return dtype(logits) != torch.float64
+
+
 def _has_shape(node: fx.Node, shape: Any) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor) and same_sizes(sizes(node), shape)
 
 
-def _read_weights(chosen: fx.Node, top_k: int) -> tuple[fx.Node, str]:
+def _read_weights(chosen: fx.Node, top_k: int, scoring: str) -> tuple[fx.Node, Weighing]:
     """(the node that holds the weights, what it computes from the chosen scores)."""
-    values = probe(7, top_k, seed=12, positive=True)
-    node: Any = chosen
-    formulas = {
-        "normalised": lambda x: x / x.sum(-1, keepdim=True),
-        "softmax": lambda x: torch.softmax(x, -1),
-    }
     reachable, frontier = {chosen}, [chosen]
     while frontier:
         for user in frontier.pop().users:
@@ -143,19 +234,40 @@ def _read_weights(chosen: fx.Node, top_k: int) -> tuple[fx.Node, str]:
     node = outside[0]
     if not same_sizes(sizes(node), sizes(chosen)):
         raise Refusal("the weights have another shape than the choices")
-    if computes(node, [chosen], [values], lambda x: x):
-        return node, "as they are"
-    for name, formula in formulas.items():
-        if computes(node, [chosen], [values], formula):
-            return node, name
+    # Small sums tell an epsilon from none, and from a least sum.
+    values = probe(9, top_k, seed=12, positive=scoring != "logits")
+    with real_tensors():
+        powers = torch.tensor([0, 0, 1, 3, 6, 9, 12, 20, 25], dtype=torch.float64)
+        values = values * 10.0 ** -powers[:, None]
+    for weighing in _weighings(literals(node, (chosen,))):
+        if computes(node, [chosen], [values], weighing.formula):
+            return node, weighing
     raise Refusal("the weights are no known function of the chosen scores")
 
 
+def _weighings(numbers: set[float]) -> Iterator[Weighing]:
+    """What the weights may be, given the numbers in their computation."""
+    small = [x for x in sorted(numbers) if 0 < x < 0.1]
+    for scale in (1.0, *sorted(x for x in numbers if x != 1 and math.isfinite(x))):
+        yield Weighing(scale=scale)
+        yield Weighing(True, scale=scale)
+        yield Weighing(True, scale=scale, softmax=True)
+        for constant in small:
+            yield Weighing(True, epsilon=constant, scale=scale)
+            yield Weighing(True, floor=constant, scale=scale)
+
+
 def replace(graph: fx.Graph, site: RouterSite) -> fx.Node:
-    """Insert the op right behind the logits."""
-    with graph.inserting_before(site.logits.next):
+    """Insert the op where the experts were chosen."""
+    experts, weighing, groups = sizes(site.logits)[1], site.weighing, site.groups
+    with graph.inserting_before(site.ids.args[0]):
+        bias = site.bias
+        if bias is not None and len(sizes(bias)) != 1:
+            bias = call(graph, aten.reshape.default, bias, [experts], like=bias)
         both = call(
-            graph, moe_route._opoverload, site.logits, site.top_k, site.scoring, site.normalise,
+            graph, moe_route._opoverload, site.logits, site.top_k, site.scoring,
+            weighing.normalise, bias, weighing.epsilon, weighing.floor, weighing.scale,
+            groups.count, groups.kept, groups.top,
             like=site.ids,
         )  # fmt: skip
         weights = graph.call_function(operator.getitem, (both, 0))

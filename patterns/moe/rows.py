@@ -35,6 +35,11 @@ def sorts_ascending(sort: fx.Node) -> bool:
     return dim in (0, -1) and not descending
 
 
+def same_ids(left: Any, right: Any) -> bool:
+    """Whether two lists of expert numbers are flattened from the same node."""
+    return flat_source(left) is flat_source(right) and same_sizes(sizes(left), sizes(right))
+
+
 def floor_divided(node: Any) -> tuple[Any, int] | None:
     """(dividend, K) of a floor division of non-negative numbers."""
     if (

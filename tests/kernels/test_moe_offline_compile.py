@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from inductor_moe.ops.moe_cuda import moe_experts_cuda
+from inductor_moe.ops.moe_route import moe_route_cuda
 from inductor_moe.tiles import Experts, Gpu, choose_plan, generic_gpu
 
 pytestmark = pytest.mark.skipif(
@@ -66,7 +67,9 @@ class _Recording:
         return self.record
 
     def record(self, *args: Any, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages")}
+        options = {
+            name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs
+        }
         names = self.kernel.arg_names
         values = dict(zip(names, args, strict=False)) | kwargs
         signature, constants, attributes = {}, {}, {}
@@ -139,6 +142,29 @@ def test_kernels_compile_without_spills(layer, gpu):
     launches: dict[str, Any] = {}
     for tokens in (1, 64, 16384):
         record(layer, tokens, gpu, launches)
+    compile_all(launches, gpu)
+
+
+ROUTERS = {
+    "qwen3_5": (256, (8, "softmax", True), {}),
+    "deepseek_v2": (160, (6, "softmax", False), {"scale": 16.0, "groups": 8, "kept_groups": 3}),
+    "deepseek_v3": (
+        256,
+        (8, "sigmoid", True),
+        {"epsilon": 1e-20, "scale": 2.5, "groups": 8, "kept_groups": 4, "group_top": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: "sm_{}{}".format(*gpu.capability))
+@pytest.mark.parametrize("router", ROUTERS)
+def test_routers_compile_without_spills(router, gpu):
+    experts, arguments, options = ROUTERS[router]
+    launches: dict[str, Any] = {}
+    logits = torch.empty(64, experts, device="meta")
+    bias = torch.empty(experts, device="meta") if router == "deepseek_v3" else None
+    moe_route_cuda(logits, *arguments, bias, **options, wrap=Recorder(launches))
+    assert len(launches) == 1
     compile_all(launches, gpu)
 
 

@@ -41,6 +41,84 @@ def test_kernel(monkeypatch, scoring, normalise, tokens, experts, top_k, dtype):
     torch.testing.assert_close(weights.double(), expected_weights.double(), rtol=1e-5, atol=1e-7)
 
 
+OPTIONS = {
+    "bias": {"biased": True},
+    "epsilon": {"epsilon": 0.25},
+    "floor": {"floor": 3.0},
+    "scale": {"scale": 2.5},
+    "groups": {"groups": 4, "kept_groups": 2, "group_top": 2},
+    "one group": {"groups": 4, "kept_groups": 1, "group_top": 1},
+    "all groups": {"groups": 4, "kept_groups": 4, "group_top": 1},
+    "deepseek v3": {
+        "biased": True, "epsilon": 1e-20, "scale": 2.5,
+        "groups": 4, "kept_groups": 3, "group_top": 2,
+    },
+}  # fmt: skip
+
+
+def route_by_hand(logits, top_k, scoring, normalise, bias, options):
+    """One token after the other, in fp64 and plain Python."""
+    groups, kept = options.get("groups", 1), options.get("kept_groups", 1)
+    for row in logits.double():
+        scores = {"softmax": row.softmax(0), "sigmoid": row.sigmoid(), "logits": row}[scoring]
+        scores = scores.tolist()
+        choice = [s + b for s, b in zip(scores, bias.tolist(), strict=True)]
+        size = len(scores) // groups
+        best = [
+            sum(sorted(choice[g * size : (g + 1) * size])[-options.get("group_top", 1) :])
+            for g in range(groups)
+        ]
+        open_groups = sorted(range(groups), key=lambda g: -best[g])[:kept]
+        allowed = [e for e in range(len(scores)) if e // size in open_groups]
+        ids = sorted(allowed, key=lambda e: -choice[e])[:top_k]
+        total = sum(scores[e] for e in ids) if normalise else 1.0
+        if normalise:
+            total = max(total, options.get("floor") or total) + options.get("epsilon", 0.0)
+        yield ids, [scores[e] / total * options.get("scale", 1.0) for e in ids]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("scoring, normalise", CASES)
+@pytest.mark.parametrize("tokens, experts, top_k", [(5, 64, 6), (3, 20, 4)])
+def test_options(tokens, experts, top_k, scoring, normalise, options):
+    options = dict(options)
+    logits = torch.randn(tokens, experts) * 2
+    bias = torch.randn(2 * experts)[::2] if options.pop("biased", False) else None
+    zeros = torch.zeros(experts) if bias is None else bias
+    arguments = (logits, top_k, scoring, normalise, bias)
+    expected = list(route_by_hand(logits, top_k, scoring, normalise, zeros, options))
+    for weights, ids in (
+        moe_route(*arguments, **options),
+        moe_route_cuda(*arguments, **options, wrap=Interpreted),
+    ):
+        assert ids.tolist() == [row for row, _ in expected]
+        reference = torch.tensor([row for _, row in expected], dtype=torch.float64)
+        torch.testing.assert_close(weights.double(), reference, rtol=2e-5, atol=1e-6)
+
+
+def test_opcheck_with_options():
+    options = {"scale": 2.5, "groups": 3, "kept_groups": 2, "group_top": 2, "epsilon": 1e-20}
+    arguments = (torch.randn(5, 9), 3, "sigmoid", True, torch.randn(9))
+    torch.library.opcheck(moe_route, arguments, options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"bias": torch.ones(3)}, r"bias has dtype torch\.float32 and shape \[3\]"),
+        ({"groups": 5}, "groups is 5; it must divide 8 experts"),
+        ({"groups": 4, "kept_groups": 5}, "kept_groups is 5 of 4 groups"),
+        ({"groups": 4, "kept_groups": 1}, "must hold top_k = 3 experts"),
+        ({"groups": 2, "kept_groups": 1, "group_top": 5}, "group_top is 5; .* between 1 and 4"),
+        ({"epsilon": -1.0}, "epsilon is -1.0; it must not be negative"),
+        ({"floor": float("nan")}, "floor is nan; it must not be negative"),
+    ],
+)
+def test_a_bad_option_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        moe_route(torch.ones(3, 8), 3, "softmax", False, **options)
+
+
 def test_ties_and_minus_infinity_choose_distinct_experts():
     logits = torch.full((2, 6), float("-inf"))
     logits[0, 2] = 1.0

@@ -150,3 +150,48 @@ def test_gate_and_up_as_two_projections():
     with torch.no_grad():
         reference = copy.deepcopy(model).double()(x.double(), ids, weights.double())
     assert relative_error(fused, reference) < 1e-6
+
+
+class FlattenedTwice(forms.Experts):
+    """The ids are flattened anew for each gather, and the products indexed out of their column."""
+
+    def __init__(self, flatten_down=lambda ids: ids.flatten(), column=0, **knobs):
+        super().__init__(form="batched", bias=True, **knobs)
+        self.flatten_down, self.column = flatten_down, column
+
+    def product(self, weight, rows):
+        twice = torch.cat([rows[..., None]] * (1 + self.column), -1)
+        return torch.bmm(weight, twice)[:, :, self.column]
+
+    def batched(self, x, ids, weights):
+        rows = x.repeat_interleave(ids.shape[1], dim=0)
+        up = self.product(self.up[ids.flatten()], rows) + self.up_bias[ids.flatten()]
+        down_ids = self.flatten_down(ids)
+        out = self.product(self.down[down_ids], self.between(up)) + self.down_bias[down_ids]
+        return self.combine(out * weights.flatten()[:, None], ids.shape[0])
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_ids_flattened_for_each_gather(count):
+    model = forms.routed(torch.float32)
+    model.experts = FlattenedTwice().eval()
+    check(model, forms.tokens(torch.float32, count), detail="biases")
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"flatten_down": lambda ids: ids.t().flatten()},
+        {"flatten_down": lambda ids: ids.flip(-1).flatten()},
+        {"column": 1},
+    ],
+    ids=["columns first", "other slots", "a second column"],
+)
+def test_other_flattened_ids_are_left(knobs):
+    model = forms.routed(torch.float32)
+    model.experts = FlattenedTwice(**knobs).eval()
+    x = forms.tokens(torch.float32)
+    found, report = capture(model, x)
+    assert fused_layers(report) == {}
+    with torch.no_grad():
+        assert relative_error(found, model(x)) < 1e-6

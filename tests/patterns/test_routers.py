@@ -51,7 +51,84 @@ def logits_alone(logits):
     return torch.topk(logits, 2, dim=-1)
 
 
+BIAS = torch.linspace(-0.3, 0.4, forms.EXPERTS).flip(0)
+
+
+def corrected(logits, bias=BIAS):
+    """Chosen by biased scores, weighed by the scores themselves."""
+    scores = logits.float().sigmoid()
+    _, ids = torch.topk(scores + bias, 2, dim=-1, sorted=False)
+    return scores.gather(-1, ids), ids
+
+
+def corrected_and_scaled(logits):
+    weights, ids = corrected(logits)
+    return weights / (weights.sum(-1, keepdim=True) + 1e-20) * 2.5, ids
+
+
+def corrected_softmax(logits):
+    scores = torch.softmax(logits.float(), 1)
+    ids = torch.topk(scores + BIAS[None].squeeze(), 2, dim=-1).indices
+    weights = torch.gather(scores, dim=-1, index=ids)
+    return weights / torch.clamp(weights.sum(-1, keepdim=True), min=1e-12), ids
+
+
+def scaled(logits):
+    weights, ids = softmax(logits)
+    return weights * 1.5, ids
+
+
+def gathered(logits):
+    scores = logits.float().sigmoid()
+    ids = torch.topk(scores, 2, dim=-1).indices
+    return scores.gather(1, ids), ids
+
+
+def grouped(
+    scoring="sigmoid",
+    bias=True,
+    top=2,
+    kept=2,
+    fill=float("-inf"),
+    groups=3,
+    choose=2,
+    quality=None,
+):
+    """DeepSeek's choice among the best groups: V3 by default, V2 with softmax, top=1, fill=0."""
+    size = forms.EXPERTS // groups
+
+    def route(logits):
+        scores = logits.float().sigmoid() if scoring == "sigmoid" else logits.float().softmax(-1)
+        choice = scores + BIAS if bias else scores
+        tiles = (quality(scores, choice) if quality else choice).view(-1, groups, size)
+        best = tiles.topk(top, dim=-1)[0].sum(-1) if top > 1 else tiles.max(dim=-1).values
+        group_ids = torch.topk(best, kept, dim=-1, sorted=False)[1]
+        mask = torch.zeros_like(best).scatter_(1, group_ids, 1)
+        mask = mask.unsqueeze(-1).expand(-1, groups, size).reshape(-1, forms.EXPERTS)
+        choice = choice.masked_fill(~mask.bool(), fill)
+        if not bias:
+            weights, ids = torch.topk(choice, choose, dim=-1, sorted=False)
+            return weights * 16, ids
+        ids = torch.topk(choice, choose, dim=-1, sorted=False)[1]
+        weights = scores.gather(1, ids)
+        return weights / (weights.sum(-1, keepdim=True) + 1e-20) * 2.5, ids
+
+    route.__name__ = f"grouped {scoring} {bias} {top} {kept} {fill} {groups} {choose}"
+    return route
+
+
 KNOWN = {
+    corrected: "sigmoid, bias",
+    corrected_and_scaled: "sigmoid, bias, normalised, x 2.5",
+    corrected_softmax: "softmax, bias, normalised",
+    scaled: "softmax, x 1.5",
+    gathered: "sigmoid",
+    grouped(): "sigmoid, bias, 2 of 3 groups, normalised, x 2.5",
+    grouped(kept=1): "sigmoid, bias, 1 of 3 groups, normalised, x 2.5",
+    grouped(kept=3): "sigmoid, bias, normalised, x 2.5",
+    grouped(groups=1, kept=1): "sigmoid, bias, normalised, x 2.5",
+    grouped("softmax", False, 1, fill=0.0): "softmax, 2 of 3 groups, x 16",
+    grouped("softmax", False, 1): "softmax, 2 of 3 groups, x 16",
     softmax: "softmax",
     softmax_normalised: "softmax, normalised",
     softmax_after: "softmax, normalised",
@@ -65,19 +142,45 @@ def smallest(logits):
     return torch.topk(torch.softmax(logits.float(), -1), 2, dim=-1, largest=False)
 
 
-def biased(logits):
+def biased_weights(logits):
+    return torch.topk(logits.float().sigmoid() + BIAS.abs(), 2, dim=-1)
+
+
+def absolute_logits(logits):
+    weights, ids = torch.topk(logits, 2, dim=-1)
+    return weights.abs() / weights.abs().sum(-1, keepdim=True), ids
+
+
+def chosen_by_others(logits):
     scores = logits.float().sigmoid()
-    _, ids = torch.topk(scores + torch.linspace(0, 1, forms.EXPERTS), 2, dim=-1)
-    return scores.gather(-1, ids), ids
+    ids = torch.topk(scores.square() + BIAS, 2, dim=-1).indices
+    return scores.gather(1, ids), ids
+
+
+def multiplied_bias(logits):
+    scores = logits.float().sigmoid()
+    ids = torch.topk(scores * (BIAS + 1), 2, dim=-1).indices
+    return scores.gather(1, ids), ids
+
+
+def softmax_of_biased_logits(logits):
+    ids = torch.topk(logits.float() + BIAS, 2, dim=-1).indices
+    return logits.float().gather(1, ids).softmax(-1), ids
+
+
+def gathered_by_other_ids(logits):
+    scores = logits.float().sigmoid()
+    ids = torch.topk(scores + BIAS, 2, dim=-1).indices
+    return scores.gather(1, ids.flip(0)), ids
+
+
+def power(logits):
+    weights, ids = sigmoid(logits)
+    return weights / weights.square().sum(-1, keepdim=True), ids
 
 
 def tempered(logits):
     return torch.topk(torch.softmax(logits.float() / 2, -1), 2, dim=-1)
-
-
-def scaled(logits):
-    weights, ids = softmax(logits)
-    return weights * 1.5, ids
 
 
 def softmax_over_tokens(logits):
@@ -89,7 +192,20 @@ def used_twice(logits):
     return weights / weights.sum(-1, keepdim=True) + 0 * weights.amax(-1, keepdim=True), ids
 
 
-UNKNOWN = (smallest, biased, scaled)
+UNKNOWN = (
+    smallest,
+    absolute_logits,
+    chosen_by_others,
+    multiplied_bias,
+    softmax_of_biased_logits,
+    gathered_by_other_ids,
+    power,
+    grouped(fill=0.0),
+    grouped(fill=-1.0),
+    grouped(kept=1, choose=3),
+    grouped(quality=lambda scores, choice: scores),
+    grouped(quality=lambda scores, choice: choice.flip(0)),
+)
 
 
 def run(route):
@@ -123,7 +239,9 @@ def test_an_unknown_router_is_left(route):
 
 
 @pytest.mark.parametrize(
-    "route", (tempered, used_twice, softmax_over_tokens), ids=lambda route: route.__name__
+    "route",
+    (tempered, used_twice, softmax_over_tokens, biased_weights),
+    ids=lambda route: route.__name__,
 )
 def test_a_formula_around_a_known_router_keeps_its_value(route):
     run(route)
@@ -132,3 +250,84 @@ def test_a_formula_around_a_known_router_keeps_its_value(route):
 def test_a_top_k_without_experts_is_left():
     _, report = capture(lambda x: torch.topk(torch.softmax(x, -1), 3, dim=-1), torch.randn(4, 9))
     assert report.sites == ()
+
+
+def choice_of(route, logits):
+    """The expert numbers before and after the rewrites, and whether the router was rewritten."""
+    experts = forms.Experts(form="batched").float()
+    x = torch.randn(logits.shape[0], forms.HIDDEN)
+    numbers = []
+
+    def function(x, logits):
+        weights, ids = route(logits)
+        return experts(x, ids, weights.float()), ids
+
+    with torch.no_grad():
+        expected = function(x, logits)
+        found, report = capture(function, x, logits, graphs=numbers)
+    assert relative_error(found[0], expected[0]) < 1e-6
+    return found[1].sort(-1).values, expected[1].sort(-1).values, report
+
+
+def rounded_before(logits):
+    return torch.topk(logits.bfloat16().float().softmax(-1), 2, dim=-1)
+
+
+def rounded_scores(logits):
+    return torch.topk(logits.softmax(-1).bfloat16(), 2, dim=-1)
+
+
+def rounded_and_widened(logits):
+    return torch.topk(logits.softmax(-1).bfloat16().float(), 2, dim=-1)
+
+
+def rounded_choice(logits):
+    scores = logits.sigmoid()
+    ids = torch.topk((scores + BIAS).bfloat16(), 2, dim=-1).indices
+    return scores.gather(1, ids), ids
+
+
+def rounded_under_a_bias(logits):
+    scores = logits.sigmoid()
+    ids = torch.topk(scores.bfloat16() + BIAS, 2, dim=-1).indices
+    return scores.gather(1, ids), ids
+
+
+def rounded_groups(logits):
+    scores = logits.sigmoid()
+    best = scores.bfloat16().view(-1, 3, forms.EXPERTS // 3).topk(2, dim=-1)[0].sum(-1)
+    mask = torch.zeros_like(best).scatter(1, best.topk(1, dim=-1)[1], 1)
+    mask = mask[..., None].expand(-1, 3, forms.EXPERTS // 3).reshape(-1, forms.EXPERTS)
+    return torch.topk(scores.masked_fill(~mask.bool(), 0.0), 2, dim=-1)
+
+
+@pytest.mark.parametrize(
+    "route",
+    (
+        rounded_before,
+        rounded_scores,
+        rounded_and_widened,
+        rounded_choice,
+        rounded_under_a_bias,
+        rounded_groups,
+    ),
+    ids=lambda route: route.__name__,
+)
+def test_rounding_that_decides_a_close_choice_is_kept(route):
+    """Scores that differ by less than bf16 tells: the model's own choice must stay."""
+    torch.manual_seed(3)
+    logits = 1 + 1e-4 * torch.randn(64, forms.EXPERTS)
+    exact = torch.topk(logits, 2, dim=-1).indices.sort(-1).values
+    found, expected, report = choice_of(route, logits)
+    assert not torch.equal(expected, exact)  # the rounding does decide
+    assert torch.equal(found, expected)
+    matched = [site.detail for site in report.matched if site.op == "moe_route"]
+    assert all("logits" in text or route is rounded_before for text in matched)
+
+
+def test_a_router_in_fp64_is_left():
+    """Its scores could tell apart what the op's fp32 does not."""
+    logits = 1 + 1e-12 * torch.randn(64, forms.EXPERTS, dtype=torch.float64)
+    found, expected, report = choice_of(lambda x: torch.topk(x.softmax(-1), 2, dim=-1), logits)
+    assert torch.equal(found, expected)
+    assert "moe_route" not in report.counts()
