@@ -284,6 +284,13 @@ def turn_on_dynamo_setting(name: str) -> bool:
     return True
 
 
+def allow_dynamic(tensor: torch.Tensor, dim: int) -> None:
+    """Let Dynamo compile for any size of this dim from the first call on, if it can."""
+    from torch._dynamo import maybe_mark_dynamic
+
+    maybe_mark_dynamic(tensor, dim)
+
+
 def upper_bound(size: Any) -> int | None:
     """The largest value a size can have, None if it has no bound."""
     if isinstance(size, int):
