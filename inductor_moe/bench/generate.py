@@ -231,6 +231,7 @@ class _Measurement:
         prompts = sorted(self.setup.prompts, reverse=True)
         dynamic = len(prompts) > 1 and not unrolls
         prefill = Prefill(self.session, provider, dynamic)
+        known: list[Report] = []  # a graph that serves every length is reported for the longest
         for prompt in prompts:
             size = {"prompt": prompt, "batch": self.batch}
             chunks = self._delta_layers() * math.ceil(prompt / CHUNK)
@@ -245,13 +246,13 @@ class _Measurement:
             with collected() as reports:
                 logits, compile_s = prefill(ids)
             self._announce(provider, f"prefill of {prompt}", compile_s, reports)
+            known = reports or known
             error = relative_error(logits[:1], exact.logits[:, 0]) if exact else None
             times = [prefill(ids)[1] for _ in range(PREFILLS + 1)][1:]
             yield self._row(
                 provider, "prefill", size, times, self.footprint.bytes(self.batch, prompt, 0),
                 self.footprint.flops(self.batch, prompt, 0), compile_s,
-                # A graph that serves every length was compiled, and reported, for the longest.
-                reports if prompt == prompts[0] or reports else None,
+                known,
                 error, self._worst_eager(), bool(logits.isfinite().all()), None,
                 _peak(self.setup.device),
             )  # fmt: skip
@@ -268,7 +269,7 @@ class _Measurement:
         moved: float,
         computed: float,
         compile_s: float,
-        reports: list[Report] | None,
+        reports: list[Report],
         error: float | None,
         eager_error: float | None,
         finite: bool,
@@ -280,8 +281,7 @@ class _Measurement:
             compile_s=compile_s, bytes=moved, flops=computed, kernels=kernels,
             peak_bytes=peak or None,
         )  # fmt: skip
-        nothing = provider == "ours" and reports is not None and not merge(reports).matched
-        if nothing:
+        if provider == "ours" and not merge(reports).matched:
             return dataclasses.replace(row, note="nothing was fused")
         if not finite:
             return dataclasses.replace(row, error=math.inf, note="the logits are not finite")

@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from inductor_moe.bench import footprint, generate, models, profile, results, session
+from inductor_moe.bench.ceilings import Ceilings
 from inductor_moe.cli import app
 from inductor_moe.errors import InductorMoeError
 from inductor_moe.report import Site
@@ -24,8 +25,10 @@ def quick(monkeypatch):
     """Our rewrites without code generation, and eager in the place of stock Inductor."""
     monkeypatch.setitem(session.BACKENDS, "ours", graph_backend())
     monkeypatch.setitem(session.BACKENDS, "inductor", "eager")
+    monkeypatch.setattr(generate.ceilings, "measure", lambda _: Ceilings(3e12, 3e12, 8e14))
 
 
+@pytest.mark.slow
 def test_both_providers_are_checked_and_timed(quick, tmp_path):
     written = []
     found = generate.run(TINY, lambda so_far: written.append(so_far.to_json()))
@@ -77,8 +80,9 @@ def test_wrong_logits_get_no_time(quick, monkeypatch):
     assert all(row.error > 0.04 for row in rows)
 
 
+@pytest.mark.slow
 def test_a_failure_and_an_overrun_leave_notes(quick, monkeypatch):
-    assert {row.note for row in only(TINY, budget=0.0)} == {
+    assert {row.note for row in only(TINY, budget=0.0, check=False)} == {
         "InductorMoeError: not begun: over the budget"
     }
 
@@ -86,7 +90,7 @@ def test_a_failure_and_an_overrun_leave_notes(quick, monkeypatch):
         raise RuntimeError("out of something\nand more")
 
     monkeypatch.setitem(session.BACKENDS, "ours", fails)
-    for row in only(TINY):
+    for row in only(TINY, check=False):
         assert row.us is None and "out of something" in row.note and "and more" not in row.note
 
 
@@ -130,7 +134,8 @@ def test_every_weight_is_counted_once(scheme):
 
 
 def test_full_sizes_are_the_published_ones(monkeypatch):
-    counts = {"qwen3.5-35b-a3b": (34.7e9, 3.0e9, 40), "qwen3-30b-a3b": (30.5e9, 3.3e9, 48)}
+    # Of the 3.3 billion active parameters of the second, 0.3 are its embedding.
+    counts = {"qwen3.5-35b-a3b": (34.7e9, 3.0e9, 40), "qwen3-30b-a3b": (30.5e9, 3.0e9, 48)}
     monkeypatch.setattr(models, "_initialise", lambda *_: None)
     monkeypatch.setattr(models, "randomize_", lambda *_: None)
     for name, (total, active, layers) in counts.items():
@@ -181,6 +186,7 @@ def test_a_profile_sums_up():
     assert math.isclose(sum(k.duration for k in kernels) + sum(found.gaps()) - 1.0, found.span)
 
 
+@pytest.mark.slow
 def test_profile_of_operators(quick, monkeypatch, tmp_path):
     monkeypatch.setattr(profile, "CPU_OPTIONS", None)
     trace = tmp_path / "trace.json"
