@@ -285,8 +285,7 @@ def doctor() -> None:
         raise typer.Exit(WRONG)
 
 
-app.command(epilog=_examples(*bench_command.EXAMPLES))(bench_command.bench)
-app.command(epilog=_examples(*bench_command.TUNE_EXAMPLES))(bench_command.tune)
+bench_command.add_to(app, _examples)
 
 
 @contextlib.contextmanager

@@ -77,6 +77,8 @@ def _tables(held: dict[str, Any]) -> list[Table]:
         if name in held["versions"]
     )
     for row in held["rows"]:
+        if len(row["size"]) > 1:  # whole models
+            continue
         ((dimension, size),) = row["size"].items()
         key = (row["op"], row["model"])
         if key not in tables:

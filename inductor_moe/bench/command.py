@@ -1,15 +1,18 @@
-"""The `bench` and `tune` commands. Nothing heavy is imported before they run."""
+"""The `bench`, `tune` and `profile` commands. Nothing heavy is imported before they run."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 from rich.console import Console
 from rich.markup import escape
 
+from inductor_moe.bench import generation_command
 from inductor_moe.errors import InductorMoeError
 
 if TYPE_CHECKING:
@@ -32,7 +35,27 @@ console = Console()
 errors = Console(stderr=True)
 
 
-def bench(
+LAYERS = "layers"
+
+
+class _LayersUnlessNamed(typer.core.TyperGroup):
+    """`bench moe-block` is `bench layers moe-block`: what names no command goes to that one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] != "--help"):
+            args = [LAYERS, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_LayersUnlessNamed,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="Time layers of real models, or whole models, against other ways to run the same code.",
+)
+
+
+def layers(
     ops: Annotated[
         list[str] | None,
         typer.Argument(
@@ -101,6 +124,18 @@ def bench(
         raise typer.Exit(UNUSABLE) from None
     if any(row.error is not None and row.us is None for row in found.rows):
         raise typer.Exit(WRONG)
+
+
+def add_to(main: typer.Typer, examples: Callable[..., str]) -> None:
+    """Add the commands of this package; `examples` makes the text below a command's help."""
+    app.command(LAYERS, epilog=examples(*EXAMPLES))(layers)
+    app.command("generate", epilog=examples(*generation_command.EXAMPLES))(
+        generation_command.generate
+    )
+    both = (*EXAMPLES, *generation_command.EXAMPLES[:1])
+    main.add_typer(app, name="bench", epilog=examples(*both))
+    main.command(epilog=examples(*TUNE_EXAMPLES))(tune)
+    main.command(epilog=examples(*generation_command.PROFILE_EXAMPLES))(generation_command.profile)
 
 
 def tune(

@@ -23,10 +23,12 @@ class Row:
     """One provider on one case.
 
     us, iqr_us  median and interquartile range of one call, microseconds; None without a time
-    error       relative to float64, like eager_error; None if it never ran
+    error       relative to float64 (whole models: fp32), like eager_error; None if it never ran
     compile_s   seconds of the first call, compilation included
     of_ceiling  least possible time over `us`, by the larger of bytes and FLOPs
     note        why there is no time
+    kernels     of a call, where it is one CUDA graph
+    peak_bytes  the most memory in use while it was compiled and run, weights included
     """
 
     op: str
@@ -42,6 +44,8 @@ class Row:
     flops: float = 0.0
     of_ceiling: float | None = None
     note: str = ""
+    kernels: int | None = None
+    peak_bytes: float | None = None
 
     def label(self) -> str:
         return " ".join(f"{value}" for value in self.size.values())
@@ -99,9 +103,45 @@ def commit() -> str:
         return ""
 
 
+def throughput(row: Row) -> float | None:
+    """Tokens a second of a prefill, or of a decode step of whole models."""
+    if row.us is None:
+        return None
+    tokens = 1 if "decode" in row.size else row.size["prompt"]
+    return row.size["batch"] * tokens / row.us * 1e6
+
+
+def generation_table(rows: list[Row] | tuple[Row, ...], op: str, model: str) -> Table:
+    """Prefill or decode of one whole model: a line for each size and provider."""
+    view = Table(title=f"{op}, {model}")
+    chosen = [row for row in rows if (row.op, row.model) == (op, model)]
+    for heading in (*chosen[0].size, "provider", "tokens/s", "ms", "floor ms", "of floor",
+                    "kernels", "GB moved", "peak GB", "compile s", "error (eager's)"):  # fmt: skip
+        view.add_column(heading, justify="left" if heading == "provider" else "right")
+    for row in chosen:
+        speed, share = throughput(row), row.of_ceiling
+        timed = row.us is not None and share is not None
+        view.add_row(
+            *(f"{value}" for value in row.size.values()),
+            row.provider,
+            f"{speed:,.1f}" if speed else row.note[:40],
+            f"{row.us / 1e3:.3f}" if row.us else "-",
+            f"{row.us * share / 1e3:.3f}" if timed else "-",  # type: ignore[operator]
+            f"{share:.1%}" if share else "-",
+            f"{row.kernels}" if row.kernels else "-",
+            f"{row.bytes / 1e9:.2f}",
+            f"{row.peak_bytes / 1e9:.1f}" if row.peak_bytes else "-",
+            f"{row.compile_s:.0f}" if row.compile_s else "-",
+            "-" if row.error is None else f"{row.error:.1e} ({row.eager_error or 0:.1e})",
+        )
+    return view
+
+
 def table(rows: list[Row] | tuple[Row, ...], op: str, model: str) -> Table:
     """One op of one model: a line per size, the times of every provider side by side."""
     chosen = [row for row in rows if (row.op, row.model) == (op, model)]
+    if "prompt" in chosen[0].size:
+        return generation_table(rows, op, model)
     providers = list(dict.fromkeys(row.provider for row in chosen if row.us))
     view = Table(title=f"{op}, {model}: microseconds a call")
     view.add_column(next(iter(chosen[0].size)), justify="right")

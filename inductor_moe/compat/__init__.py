@@ -11,6 +11,7 @@ from inductor_moe.compat.aoti import (
     write_pt2,
 )
 from inductor_moe.compat.compiling import (
+    allow_dynamic,
     cache_folder,
     caches_enabled,
     clear_graph_breaks,
@@ -50,6 +51,7 @@ from inductor_moe.compat.passes import (
 
 __all__ = [
     "GraphPass",
+    "allow_dynamic",
     "aoti_compile",
     "aoti_compile_and_package",
     "boxed",

@@ -61,6 +61,13 @@ def turn_on_dynamo_setting(name: str) -> bool:
     return True
 
 
+def allow_dynamic(tensor: torch.Tensor, dim: int) -> None:
+    """Let Dynamo compile for any size of this dim from the first call on, if it can."""
+    from torch._dynamo import maybe_mark_dynamic
+
+    maybe_mark_dynamic(tensor, dim)
+
+
 def clear_graph_breaks() -> None:
     """Forget the graph breaks seen so far."""
     from torch._dynamo.utils import counters

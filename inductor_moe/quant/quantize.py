@@ -110,7 +110,7 @@ def quantize_(
 
 def randomize_(
     model: nn.Module,
-    dtype: str,
+    dtype: str | None,
     device: torch.device | str,
     *,
     group_size: int | None = None,
@@ -119,21 +119,33 @@ def randomize_(
     std: float = 0.02,
     seed: int = 0,
     verbose: bool = False,
-) -> Quantization:
+) -> Quantization | None:
     """Give a model on the meta device random weights on `device`, packed ones where they can be.
 
     For benchmarks at full size: the unpacked weights never exist. Packed codes are uniform, with
     scales that give the weights the standard deviation `std`; other parameters are normal with
     that deviation (1 for one-dimensional weights such as norms, 0 for biases). Buffers that are
-    on the meta device are made by the modules' own code or must be filled by the caller.
+    on the meta device are made by the modules' own code or must be filled by the caller. With
+    dtype None nothing is packed, and None is returned.
     """
-    scheme = _scheme(dtype, group_size, "rtn", symmetric)
     generator = torch.Generator(device).manual_seed(seed)
+    result = None
+    if dtype is not None:
+        scheme = _scheme(dtype, group_size, "rtn", symmetric)
+        make = _random_codes(scheme, torch.device(device), std, generator)
+        result = _pack(model, scheme, skip, verbose, make)
+    _fill(model, device, std, generator)
+    return result
+
+
+def _random_codes(
+    scheme: Scheme, device: torch.device, std: float, generator: torch.Generator
+) -> Callable[[_Candidate], Packed]:
     # A uniform code has variance (16^2 - 1) / 12, or (256^2 - 1) / 12.
     spread = ((4**scheme.bits - 1) / 12) ** 0.5
 
     def make(found: _Candidate) -> Packed:
-        out = empty(found.shape, found.parameter.dtype, torch.device(device), scheme)
+        out = empty(found.shape, found.parameter.dtype, device, scheme)
         info = torch.iinfo(out.packed.dtype)
         out.packed.random_(info.min, info.max + 1, generator=generator)
         out.scales.fill_(std / spread)
@@ -141,7 +153,13 @@ def randomize_(
             out.zeros.fill_(7.5 if scheme.bits == 4 else -0.5)
         return out
 
-    result = _pack(model, scheme, skip, verbose, make)
+    return make
+
+
+def _fill(
+    model: nn.Module, device: torch.device | str, std: float, generator: torch.Generator
+) -> None:
+    """Random values for every parameter that is still on the meta device; ties stay."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
@@ -155,7 +173,6 @@ def randomize_(
                     value.fill_(0.0 if name.endswith("bias") else 1.0)
                 made[parameter] = nn.Parameter(value, requires_grad=False)
             module._parameters[name] = made[parameter]
-    return result
 
 
 def _quantized(found: _Candidate, scheme: Scheme) -> Packed:

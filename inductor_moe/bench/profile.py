@@ -1,0 +1,178 @@
+"""Where the time of one decode step goes: kernels, classes of kernels, and gaps between them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from inductor_moe import lowerings
+from inductor_moe.bench import models
+from inductor_moe.bench.session import Decode, Session
+from inductor_moe.errors import InductorMoeError
+
+# The first that a name matches; a fused kernel belongs to where its name says it comes from.
+CLASSES = {
+    "experts": r"moe_|quantized_(up|down)_decode|grouped_?(mm|gemm)",
+    "delta rule": r"delta_|conv1d|convolution|depthwise",
+    "attention": r"flash|fmha|attention|sdpa",
+    "dense": r"quantized_linear|gem[mv]|cublas|cutlass|nvjet|splitk|triton_tem|(add|b|^|::)mm\b"
+    r"|linear|matmul",
+    "norms, elementwise": r"triton_|elementwise|reduce|cpp_fused|aten::|vectorized",
+}
+OTHER = "other"
+CPU_OPTIONS = {"cpp.enable_kernel_profile": True}  # or compiled kernels would have no events
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch; microseconds."""
+
+    name: str
+    start: float
+    duration: float
+
+    @property
+    def kind(self) -> str:
+        name = self.name.lower()
+        return next((kind for kind, pattern in CLASSES.items() if re.search(pattern, name)), OTHER)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The kernels of one decode step in the order they began, and the model's layers."""
+
+    name: str
+    layers: int
+    kernels: tuple[Kernel, ...]
+
+    @property
+    def span(self) -> float:
+        """Microseconds from the first kernel's begin to the last one's end."""
+        return max(k.start + k.duration for k in self.kernels) - self.kernels[0].start
+
+    def gaps(self) -> list[float]:
+        """Microseconds of no kernel before each kernel but the first."""
+        found, end = [], self.kernels[0].start
+        for kernel in self.kernels:
+            found.append(max(0.0, kernel.start - end))
+            end = max(end, kernel.start + kernel.duration)
+        return found[1:]
+
+    def classes(self) -> dict[str, list[Kernel]]:
+        """The kernels of each class that has any, the one with the most time first."""
+        held: dict[str, list[Kernel]] = {}
+        for kernel in self.kernels:
+            held.setdefault(kernel.kind, []).append(kernel)
+        return dict(sorted(held.items(), key=lambda item: -_total(item[1])))
+
+    def table(self) -> Table:
+        view = Table(title=f"{self.name}: one decode step")
+        for heading in ("", "kernels", "a layer", "us", "of the step"):
+            view.add_column(heading, justify="right" if heading else "left")
+        for kind, kernels in self.classes().items():
+            view.add_row(kind, *self._cells(len(kernels), _total(kernels)))
+        gaps = self.gaps()
+        view.add_section()
+        idle = sum(gaps)
+        view.add_row("gaps", *self._cells(sum(gap > 0 for gap in gaps), idle))
+        view.add_row("step", *self._cells(len(self.kernels), self.span))
+        return view
+
+    def longest(self, count: int = 12) -> Table:
+        """The kernels that take the most time together."""
+        held: dict[str, list[Kernel]] = {}
+        for kernel in self.kernels:
+            held.setdefault(kernel.name, []).append(kernel)
+        view = Table(title="by name")
+        for heading in ("kernel", "class", "calls", "us", "us each"):
+            view.add_column(heading, justify="right" if heading[0] in "cu" else "left")
+        for name, kernels in sorted(held.items(), key=lambda i: -_total(i[1]))[:count]:
+            total = _total(kernels)
+            cells = (f"{len(kernels)}", f"{total:.1f}", f"{total / len(kernels):.2f}")
+            view.add_row(name[:70], kernels[0].kind, *cells)
+        return view
+
+    def _cells(self, count: int, us: float) -> tuple[str, str, str, str]:
+        return f"{count}", f"{count / self.layers:.2f}", f"{us:.1f}", f"{us / self.span:.1%}"
+
+
+def profile(
+    model: str,
+    scheme: str,
+    device: str,
+    layers: int | None = None,
+    provider: str = "ours",
+    prompt: int = 512,
+    batch: int = 1,
+    trace: Path | None = None,
+) -> Profile:
+    """Build a model, fill its cache with `prompt` tokens, compile a decode step and look at one.
+
+    trace  where a Chrome trace of the step goes
+
+    Raises InductorMoeError for an unknown name, or if the profiler saw no kernel.
+    """
+    lowerings.install()
+    with torch.no_grad():
+        built = models.build(model, scheme, device, layers)
+        session = Session(built, batch, -(-(prompt + 64) // 64) * 64)
+        vocabulary = built.config.get_text_config(decoder=True).vocab_size
+        ids = torch.randint(vocabulary, (batch, prompt), device=device)
+        first = session.prefill(ids)
+        decode = Decode(session, provider, CPU_OPTIONS if device == "cpu" else None)
+        decode.token.copy_(first)
+        decode.run(8)
+        kernels = record(decode.step, device, trace)
+    return Profile(f"{model} {scheme}, {provider}, batch {batch}", len(session.cache.layers),
+                   tuple(kernels))  # fmt: skip
+
+
+def record(step: Callable[[], None], device: str, trace: Path | None = None) -> list[Kernel]:
+    """The kernels of one call on a GPU, the innermost operators of it on a CPU, in order."""
+    activity = torch.profiler.ProfilerActivity
+    on_gpu = device == "cuda"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        for _ in range(2):  # the profiler's first window may miss what it is still setting up for
+            with torch.profiler.profile(
+                activities=[activity.CPU, *([activity.CUDA] if on_gpu else [])]
+            ) as profiler:
+                step()
+                if on_gpu:
+                    torch.cuda.synchronize()
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+        if trace is not None:
+            shutil.copy(path, trace)
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset") if on_gpu else ("cpu_op",)
+    kernels = [
+        Kernel(event["name"], float(event["ts"]), float(event["dur"]))
+        for event in events
+        if event.get("ph") == "X" and event.get("cat") in kinds
+    ]
+    if not kernels:
+        raise InductorMoeError("the profiler saw no kernel; may this user profile the GPU?")
+    kernels.sort(key=lambda k: (k.start, -k.duration))
+    return kernels if on_gpu else _innermost(kernels)
+
+
+def _innermost(calls: list[Kernel]) -> list[Kernel]:
+    """Calls in which no other call of the list lies; they are sorted by start."""
+    following = [*calls[1:], None]
+    return [
+        call
+        for call, after in zip(calls, following, strict=True)
+        if after is None or after.start >= call.start + call.duration
+    ]
+
+
+def _total(kernels: list[Kernel]) -> float:
+    return sum(kernel.duration for kernel in kernels)
