@@ -28,12 +28,14 @@ from inductor_moe.patterns.moe.rows import (
     pair_column,
     repeated_rows,
     sorts_ascending,
+    zeroed,
 )
 from inductor_moe.patterns.moe.site import ExpertsSite, Projection, replace_experts
 from inductor_moe.patterns.rewrite import Refusal, Rewrite
 from inductor_moe.patterns.walk import (
     aten,
     dtype,
+    flat_source,
     gather,
     is_call,
     is_float_cast,
@@ -187,6 +189,9 @@ class _Grouped:
             return repeated_rows(found[0])
         return None
 
+    def skipped(self, _weights: fx.Node | None) -> fx.Node | None:
+        return None
+
     def unsort(self, _rows: fx.Node, node: fx.Node) -> bool:
         """Whether node gathers by the inverse of the sort's permutation."""
         found = gather(node)
@@ -242,6 +247,13 @@ class _Batched:
 
     def token_rows(self, node: Any) -> tuple[fx.Node, int] | None:
         return repeated_rows(node)
+
+    def skipped(self, weights: fx.Node | None) -> fx.Node | None:
+        """Pairs of other ranks' experts: clamped to the last expert here, at a weight of zero."""
+        clamp = flat_source(self.ids)
+        if not is_call(clamp, aten.clamp_max.default) or weights is None:
+            return None
+        return zeroed(weights) if is_number(clamp.args[1], self.experts - 1) else None
 
     def unsort(self, _rows: fx.Node, _node: fx.Node) -> bool:
         return False
@@ -304,6 +316,7 @@ def _read(block: _Grouped | _Batched) -> ExpertsSite:
         output=combine.output,
         weights_on_input=input_weights is not None,
         wrap_ids=isinstance(block, _Batched) and not non_negative(block.ids),
+        skip=block.skipped(combine.weights),
     )
 
 
