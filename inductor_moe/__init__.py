@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from inductor_moe.capture.delta_rule import capture_for_export
     from inductor_moe.compiling import compile
     from inductor_moe.explanation import explain
+    from inductor_moe.parallel import Parallelization, parallelize
     from inductor_moe.quant.checkpoint import load_quantized, save_quantized
     from inductor_moe.quant.quantize import Quantization, quantize_, randomize_
     from inductor_moe.report import Report, Site, reports
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 _HOME = {
     "aoti_compile_and_package": "inductor_moe.aoti.packaging",
     "inductor_configs": "inductor_moe.aoti.packaging",
+    "Parallelization": "inductor_moe.parallel",
     "Quantization": "inductor_moe.quant.quantize",
     "export_generation": "inductor_moe.aoti.generation",
     "load_generation": "inductor_moe.aoti.runner",
@@ -36,6 +38,7 @@ _HOME = {
     "compile": "inductor_moe.compiling",
     "explain": "inductor_moe.explanation",
     "load_quantized": "inductor_moe.quant.checkpoint",
+    "parallelize": "inductor_moe.parallel",
     "quantize_": "inductor_moe.quant.quantize",
     "randomize_": "inductor_moe.quant.quantize",
     "save_quantized": "inductor_moe.quant.checkpoint",
@@ -43,6 +46,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Parallelization",
     "Quantization",
     "Report",
     "Site",
@@ -56,6 +60,7 @@ __all__ = [
     "inductor_configs",
     "load_generation",
     "load_quantized",
+    "parallelize",
     "quantize_",
     "randomize_",
     "reports",

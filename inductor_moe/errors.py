@@ -17,6 +17,10 @@ class QuantizationError(InductorMoeError, ValueError):
     """A model or a checkpoint that cannot be quantised, saved or loaded as asked."""
 
 
+class ParallelError(InductorMoeError, RuntimeError):
+    """A model or a mesh that `parallelize` cannot take, or a rank that did not arrive."""
+
+
 class VerificationError(InductorMoeError, RuntimeError):
     """Under ``verify`` and ``strict``: a rewritten graph computed something else."""
 

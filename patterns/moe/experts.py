@@ -29,6 +29,7 @@ from inductor_moe.patterns.moe.rows import (
     repeated_rows,
     same_ids,
     sorts_ascending,
+    zeroed,
 )
 from inductor_moe.patterns.moe.site import ExpertsSite, Projection, replace_experts
 from inductor_moe.patterns.rewrite import Refusal, Rewrite
@@ -189,6 +190,9 @@ class _Grouped:
             return repeated_rows(found[0])
         return None
 
+    def skipped(self, _weights: fx.Node | None) -> fx.Node | None:
+        return None
+
     def unsort(self, _rows: fx.Node, node: fx.Node) -> bool:
         """Whether node gathers by the inverse of the sort's permutation."""
         found = gather(node)
@@ -244,6 +248,13 @@ class _Batched:
 
     def token_rows(self, node: Any) -> tuple[fx.Node, int] | None:
         return repeated_rows(node)
+
+    def skipped(self, weights: fx.Node | None) -> fx.Node | None:
+        """Pairs of other ranks' experts: clamped to the last expert here, at a weight of zero."""
+        clamp = flat_source(self.ids)
+        if not is_call(clamp, aten.clamp_max.default) or weights is None:
+            return None
+        return zeroed(weights) if is_number(clamp.args[1], self.experts - 1) else None
 
     def unsort(self, _rows: fx.Node, _node: fx.Node) -> bool:
         return False
@@ -306,6 +317,7 @@ def _read(block: _Grouped | _Batched) -> ExpertsSite:
         output=combine.output,
         weights_on_input=input_weights is not None,
         wrap_ids=isinstance(block, _Batched) and not non_negative(block.ids),
+        skip=block.skipped(combine.weights),
     )
 
 

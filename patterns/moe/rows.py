@@ -12,7 +12,9 @@ from inductor_moe.patterns.walk import (
     flat_source,
     gather,
     is_call,
+    is_float_cast,
     is_getitem,
+    is_number,
     is_transparent,
     peel,
     peel_casts,
@@ -128,3 +130,13 @@ def non_negative(ids: Any) -> bool:
     if is_call(node, aten.clamp_max.default):
         return isinstance(node.args[1], int) and node.args[1] >= 0 and non_negative(node.args[0])
     return False
+
+
+def zeroed(weights: Any) -> fx.Node | None:
+    """Which pairs have their routing weight set to zero, in pair order, or None."""
+    node = peel(
+        weights, lambda n: is_float_cast(n) or is_call(n, aten.view.default, aten.reshape.default)
+    )
+    if not is_call(node, aten.where.self) or not is_number(node.args[1], 0):
+        return None
+    return node.args[0] if same_sizes(sizes(node.args[0]), sizes(node)) else None

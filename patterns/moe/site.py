@@ -25,6 +25,7 @@ from inductor_moe.patterns.walk import (
     same_sizes,
     size_of,
     sizes,
+    tensor,
 )
 
 
@@ -76,6 +77,7 @@ class ExpertsSite:
     h           the input rows of the down projection [S, I], or with a dim of 1 more
     output      the node that holds the result [T, H]
     wrap_ids    whether negative ids count from the end, as they do in a gather
+    skip        true for pairs that need not be computed, T*K in pair order, or None
     """
 
     x: fx.Node
@@ -89,6 +91,7 @@ class ExpertsSite:
     output: fx.Node
     weights_on_input: bool
     wrap_ids: bool = False
+    skip: fx.Node | None = None
 
     def describe(self) -> str:
         hidden = sizes(self.x)[-1]
@@ -211,11 +214,16 @@ def _packed(weight: PackedWeight) -> list[Any]:
 
 def _ids(graph: fx.Graph, site: ExpertsSite) -> fx.Node:
     ids = _per_token(graph, site.ids, site)
-    if not site.wrap_ids:
-        return ids
-    negative = call(graph, aten.lt.Scalar, ids, 0, like=site.output)
-    wrapped = call(graph, aten.add.Tensor, ids, site.down.experts, like=site.output)
-    return call(graph, aten.where.self, negative, wrapped, ids, like=site.output)
+    if site.wrap_ids:
+        negative = call(graph, aten.lt.Scalar, ids, 0, like=site.output)
+        wrapped = call(graph, aten.add.Tensor, ids, site.down.experts, like=site.output)
+        ids = call(graph, aten.where.self, negative, wrapped, ids, like=site.output)
+    if site.skip is not None:
+        skip = _per_token(graph, site.skip, site)
+        kind = {"dtype": dtype(ids), "device": tensor(ids).device}
+        none = call(graph, aten.full.default, [], site.down.experts, like=site.output, **kind)
+        ids = call(graph, aten.where.self, skip, none, ids, like=site.output)
+    return ids
 
 
 def _weights(graph: fx.Graph, site: ExpertsSite) -> fx.Node:

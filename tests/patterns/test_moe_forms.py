@@ -114,6 +114,57 @@ def test_sentinels_are_skipped():
     assert relative_error(fused, reference) < 2**-7
 
 
+class OneRank(torch.nn.Module):
+    """The experts of one rank: pairs of others are clamped to the last one, at a weight of 0."""
+
+    def __init__(self, last=forms.EXPERTS - 1, fill=0.0, **knobs):
+        super().__init__()
+        self.experts = forms.Experts(form="batched", **knobs).float()
+        self.last, self.fill = last, fill
+
+    def forward(self, x, ids, weights, owned):
+        weights = weights.masked_fill(~owned, self.fill)
+        ids = torch.where(owned, ids, forms.EXPERTS)
+        return self.experts(x, ids.clamp(0, self.last), weights)
+
+
+def owned_pairs():
+    torch.manual_seed(5)
+    ids = torch.randint(0, forms.EXPERTS - 1, (forms.TOKENS, 2))
+    owned = torch.rand(forms.TOKENS, 2) < 0.5
+    return forms.tokens(torch.float32), ids, torch.rand(forms.TOKENS, 2), owned
+
+
+def test_pairs_masked_to_a_weight_of_zero_are_skipped():
+    model, (x, ids, weights, owned) = OneRank(), owned_pairs()
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double(), ids, weights.double(), owned)
+        # Nothing but a skipped pair reads the last expert, whose weights then do not matter.
+        model.experts.up[-1] = model.experts.down[-1] = float("nan")
+    fused, report = capture(model, x, ids, weights, owned)
+    assert fused_layers(report) == {"moe_experts": 1}, str(report)
+    assert relative_error(fused, exact) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"fill": 0.25},
+        {"last": forms.EXPERTS - 2},
+        {"weights_on_input": True, "bias": True},
+    ],
+    ids=["another-weight", "another-clamp", "weights-on-input"],
+)
+def test_pairs_masked_otherwise_are_computed(knobs):
+    model, arguments = OneRank(**knobs), owned_pairs()
+    with torch.no_grad():
+        x, ids, weights, owned = arguments
+        exact = copy.deepcopy(model).double()(x.double(), ids, weights.double(), owned)
+    fused, report = capture(model, *arguments)
+    assert fused_layers(report) == {"moe_experts": 1}, str(report)
+    assert relative_error(fused, exact) < 1e-6
+
+
 def test_negative_ids_of_a_gather_count_from_the_end():
     experts = forms.Experts(form="batched").float()
     x, weights = forms.tokens(torch.float32), torch.rand(forms.TOKENS, 2)

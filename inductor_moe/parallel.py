@@ -1,0 +1,259 @@
+"""`parallelize`: the experts of a model in memory, each rank of a mesh keeping its share."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from inductor_moe.errors import ParallelError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "inductor_moe")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallelization:
+    """What `parallelize` did on this rank.
+
+    modules       the experts modules that were sharded, in the model's order
+    rank, ranks   this rank's place on the mesh, and how many share the experts
+    bytes_before  of the experts' parameters and buffers as they were
+    bytes_after   of what this rank keeps
+    """
+
+    modules: tuple[str, ...]
+    rank: int
+    ranks: int
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        return (
+            f"rank {self.rank} of {self.ranks} keeps its share of {len(self.modules)} experts "
+            f"modules: {self.bytes_before / 1e9:.2f} GB -> {self.bytes_after / 1e9:.2f} GB"
+        )
+
+
+def parallelize(
+    model: nn.Module,
+    device_mesh: DeviceMesh,
+    *,
+    dim: str | None = None,
+    timeout: float = 60.0,
+) -> Parallelization:
+    """Shard the experts of a model over a mesh, in place; everything else stays replicated.
+
+    Every rank calls this with the same whole model in memory (a few values of each tensor are
+    compared). Rank r of n keeps experts r * E / n to (r + 1) * E / n - 1 of each experts module of
+    transformers, packed weights of `quantize_` included. The model's code stays: a hook renumbers
+    the router's choices before the experts, and one all-reduce after them sums the ranks'
+    results. Routers and shared experts run on every rank, outside of that sum.
+
+    model        experts modules as transformers writes them: called with (hidden_states [T, H],
+                 ids [T, K], weights [T, K]), the number of experts in `num_experts`
+    device_mesh  of one dimension, or of several with `dim` naming the one to shard over
+    timeout      seconds to wait for the other ranks here. Later collectives wait as long as the
+                 process group's own timeout says
+    returns      what this rank keeps
+
+    Raises ParallelError on every rank, before anything is changed, if the experts of any rank do
+    not divide by the number of ranks, if the ranks' models differ, or if the mesh does not fit. A
+    rank that does not arrive within `timeout` is an error on the others.
+    """
+    mesh = _one_dimension(device_mesh, dim)
+    group, rank, ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
+    problem, found, signature = "", [], []
+    try:
+        found = _found(model, mesh.device_type, ranks)
+        signature = _signature(model)
+    except ParallelError as error:
+        problem = str(error)
+    _agree(group, problem, signature, timeout)
+
+    before = after = 0
+    for _, module in found:
+        count = int(module.num_experts) // ranks  # type: ignore[arg-type]
+        with torch.no_grad():
+            before += _bytes(module)
+            _keep(module, rank * count, count)
+            after += _bytes(module)
+        routing = _Local(rank * count, count)
+        module.register_forward_pre_hook(routing)
+        module.register_forward_hook(_Sum(group))
+    return Parallelization(tuple(name for name, _ in found), rank, ranks, before, after)
+
+
+class _Local:
+    """Renumbers choices [T, K]: this rank's experts from 0, others' past the last, weight 0."""
+
+    def __init__(self, first: int, count: int) -> None:
+        self.first, self.count = first, count
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(args) < 3:
+            raise ParallelError(
+                f"parallelize: {type(module).__name__} was called with {len(args)} positional "
+                "arguments; it must get (hidden_states, ids, weights)"
+            )
+        x, ids, weights, *rest = args
+        local = ids - self.first
+        others = (local < 0) | (local >= self.count)
+        return (
+            x,
+            local.masked_fill(others, self.count),
+            weights.masked_fill(others, 0.0),
+            *rest,
+        )
+
+
+class _Sum:
+    """Adds up the results of all ranks."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+        dist.all_reduce(output, group=self.group)
+        return output
+
+
+def _one_dimension(mesh: DeviceMesh, dim: str | None) -> DeviceMesh:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not isinstance(mesh, DeviceMesh):
+        raise ParallelError(
+            f"parallelize: device_mesh must be a DeviceMesh (got {type(mesh).__name__}); "
+            "torch.distributed.init_device_mesh makes one"
+        )
+    names = mesh.mesh_dim_names or ()
+    if dim is not None:
+        if dim not in names:
+            raise ParallelError(
+                f"parallelize: dim must be one of the mesh's {list(names)} (got {dim!r})"
+            )
+        mesh = mesh[dim]
+    if mesh.ndim != 1:
+        raise ParallelError(
+            f"parallelize: device_mesh has {mesh.ndim} dimensions {list(names)}; name the one to "
+            "shard the experts over with dim="
+        )
+    if mesh.get_coordinate() is None:
+        raise ParallelError(f"parallelize: rank {dist.get_rank()} is not on the mesh {mesh}")
+    return mesh
+
+
+def _experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that hold all experts of a layer and take ids and weights."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_apply_gate") and isinstance(
+            getattr(module, "num_experts", None), int
+        ):
+            yield name, module
+
+
+def _found(model: nn.Module, device: str, ranks: int) -> list[tuple[str, nn.Module]]:
+    """The experts modules; refuses what cannot be sharded."""
+    if not isinstance(model, nn.Module):
+        raise ParallelError(
+            f"parallelize: model must be an nn.Module (got {type(model).__name__})"
+        )
+    found = list(_experts(model))
+    if not found:
+        raise ParallelError(
+            "parallelize: the model has no experts module as transformers writes them "
+            "(num_experts, weights [E, ., .], called with ids and weights)"
+        )
+    for name, module in found:
+        experts = int(module.num_experts)  # type: ignore[arg-type]
+        if any(isinstance(hook, _Local) for hook in module._forward_pre_hooks.values()):
+            raise ParallelError(f"parallelize: {name} has been sharded already")
+        if experts % ranks:
+            raise ParallelError(
+                f"parallelize: {name} has {experts} experts, which do not divide by {ranks} ranks"
+            )
+        chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
+        if chosen not in IMPLEMENTATIONS:
+            raise ParallelError(
+                f"parallelize: {name} runs the experts implementation {chosen!r}; call "
+                f"model.set_experts_implementation with one of {', '.join(IMPLEMENTATIONS)}"
+            )
+        for leaf, tensor in _tensors(module):
+            if tensor.device.type != device:
+                raise ParallelError(
+                    f"parallelize: {name}.{leaf} is on {tensor.device}; the mesh is of {device}"
+                )
+            if type(tensor.data) is not Tensor or tensor.dim() == 0 or len(tensor) != experts:
+                raise ParallelError(
+                    f"parallelize: {name}.{leaf} is a {type(tensor.data).__name__} of shape "
+                    f"{list(tensor.shape)}; it must be a plain tensor [{experts}, ...]"
+                )
+    return found
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    own = (*module._parameters.items(), *module._buffers.items())
+    return [(name, tensor) for name, tensor in own if tensor is not None]
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in _tensors(module))
+
+
+def _keep(module: nn.Module, first: int, count: int) -> None:
+    """Keep experts first to first + count - 1 of a module, in storage of their own."""
+    for name, tensor in _tensors(module):
+        share = tensor.data[first : first + count].clone()
+        if name in module._parameters:
+            share = nn.Parameter(share, requires_grad=tensor.requires_grad)
+            module._parameters[name] = share
+        else:
+            module._buffers[name] = share
+    module.num_experts = count  # type: ignore[assignment]
+
+
+def _signature(model: nn.Module) -> list[str]:
+    """Name, shape, dtype and a few values of every tensor of a model."""
+    return [
+        f"{name} {list(tensor.shape)} {tensor.dtype} {_sample(tensor)}"
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    ]
+
+
+def _sample(tensor: Tensor) -> list[float]:
+    if tensor.numel() == 0 or tensor.dim() == 0:
+        return []
+    spread = [[(size - 1) * i // 7 for i in range(8)] for size in tensor.shape]
+    at = tuple(torch.tensor(places, device=tensor.device) for places in spread)
+    return tensor.detach()[at].double().tolist()
+
+
+def _agree(group: dist.ProcessGroup, problem: str, signature: list[str], timeout: float) -> None:
+    """Raise on every rank if one has a problem, differs from the first or does not arrive."""
+    try:
+        if dist.get_backend(group) == "gloo":
+            limit = datetime.timedelta(seconds=timeout)
+            dist.monitored_barrier(group, timeout=limit, wait_all_ranks=True)
+        said: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(said, (problem, signature), group=group)
+    except RuntimeError as error:
+        raise ParallelError(
+            f"parallelize: not every rank arrived within {timeout:g} s: {error}"
+        ) from error
+    for rank, (text, _) in enumerate(said):
+        if text:
+            raise ParallelError(text if text == problem else f"on rank {rank}: {text}")
+    for rank, (_, other) in enumerate(said):
+        if other != said[0][1]:
+            where = next(
+                (f"{a} and {b}" for a, b in zip(said[0][1], other, strict=False) if a != b),
+                f"{len(said[0][1])} and {len(other)} tensors",
+            )
+            raise ParallelError(f"parallelize: the models of ranks 0 and {rank} differ: {where}")

@@ -1,0 +1,213 @@
+"""What the processes of the distributed tests run."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import torch
+import zoo
+from torch.distributed.device_mesh import init_device_mesh
+
+import inductor_moe
+from inductor_moe.backend import collected
+from inductor_moe.errors import ParallelError
+from inductor_moe.testing import fused_layers, graph_backend, relative_error
+
+PROMPT, ROOM = 16, 64
+aten = torch.ops.aten
+
+
+def family_of(name):
+    return next(family for family in zoo.MOE if family.name == name)
+
+
+def by_plan(model, world):
+    """transformers' expert-parallel plan applied to a model in memory."""
+    from transformers.distributed import DistributedConfig
+
+    config = DistributedConfig(tp_size=world, enable_expert_parallel=True)
+    return model.maybe_distribute_model(model, config, init_device_mesh("cpu", (world,)))
+
+
+def by_parallelize(model, world):
+    """Our own sharding of a model in memory."""
+    inductor_moe.parallelize(model, init_device_mesh("cpu", (world,)))
+    return model
+
+
+def generation(prefill, decode, model, prompt, tokens):
+    """Logits after the prompt and after each of the tokens [1, N]."""
+    cache = zoo.static_cache(model, ROOM)
+    with torch.no_grad():
+        found = [prefill(prompt, past_key_values=cache).logits]
+        found += [
+            decode(tokens[:, step : step + 1], past_key_values=cache).logits
+            for step in range(tokens.shape[1])
+        ]
+    return found
+
+
+def plan_program(rank, world, families, dtype, steps, real=False):
+    """Each family under transformers' plan: grouped prefill, batched decode."""
+    return {name: family_by_plan(name, world, dtype, steps, real, by_plan) for name in families}
+
+
+def sharded_program(rank, world, families, dtype, steps, real=False):
+    """Each family under `parallelize`: grouped prefill, batched decode."""
+    return {
+        name: family_by_plan(name, world, dtype, steps, real, by_parallelize) for name in families
+    }
+
+
+def shards_program(rank, world, names, compiled=False):
+    """Families sharded by `parallelize`, packed experts or not, run eagerly or compiled."""
+    found = {}
+    for name in names:
+        for packed in (False, True):
+            model = family_of(name).build()
+            if packed:
+                inductor_moe.quantize_(
+                    model, "int4", group_size=16, skip=["lm_head"], verbose=False
+                )
+            prompt = zoo.prompt(model, PROMPT, seed=1)
+            with torch.no_grad(), collected() as reports:
+                whole = model(prompt, use_cache=False).logits
+                done = inductor_moe.parallelize(model, init_device_mesh("cpu", (world,)))
+                if compiled:
+                    model = torch.compile(model, backend=graph_backend(), fullgraph=True)
+                sharded = model(prompt, use_cache=False).logits
+            found[f"{name} {'int4' if packed else 'fp32'}"] = {
+                "error": relative_error(sharded, whole),
+                "share": done.bytes_after / done.bytes_before,
+                "modules": done.modules,
+                "text": str(done),
+                "rank": done.rank,
+                "layers": [fused_layers(report) for report in reports],
+            }
+    return found
+
+
+def refused_program(rank, world, cases):
+    """What `refused` finds of each case."""
+    return {case: refused(rank, world, case) for case in cases}
+
+
+def refused(rank, world, case):
+    """What `parallelize` says to something that it cannot take, and whether the model is whole."""
+    model = family_of("qwen3_moe").build()
+    mesh, options = init_device_mesh("cpu", (world,)), {"timeout": 20}
+    if case == "no experts":
+        model = torch.nn.Linear(4, 4)
+    elif case == "two dims":
+        mesh = init_device_mesh("cpu", (world, 1), mesh_dim_names=("ep", "dp"))
+    elif case == "unknown dim":
+        options["dim"] = "ep"
+    elif case == "no mesh":
+        mesh = "cpu"
+    elif case == "meta":
+        model = model.to("meta")
+    elif case == "one rank differs" and rank == 1:
+        model.model.layers[1].mlp.gate.weight.data.add_(1e-3)
+    elif case == "one rank has none" and rank == 1:
+        model = torch.nn.Linear(4, 4)
+    elif case == "twice":
+        inductor_moe.parallelize(model, mesh)
+    elif case == "late":
+        options["timeout"] = 3
+        time.sleep(8 * rank)
+    elif case == "loop":
+        model.set_experts_implementation("eager")
+    before = [tuple(p.shape) for p in model.parameters()]
+    start = time.monotonic()
+    try:
+        inductor_moe.parallelize(model, mesh, **options)
+    except ParallelError as error:
+        same = before == [tuple(p.shape) for p in model.parameters()]
+        return {"error": str(error), "whole": same, "seconds": time.monotonic() - start}
+    return {"error": "", "whole": False, "seconds": time.monotonic() - start}
+
+
+def dying_program(rank, world, dies, pause):
+    """Decodes eagerly until the last rank leaves, or falls behind."""
+    model = by_parallelize(family_of("qwen3_moe").build(), world)
+    prompt = zoo.prompt(model, 4, seed=1)
+    with torch.no_grad():
+        model(prompt, use_cache=False)
+        if rank == world - 1:
+            if dies:
+                os._exit(9)
+            time.sleep(pause)
+        model(prompt, use_cache=False)
+    return {}
+
+
+def family_by_plan(name, world, dtype, steps, real, distribute):
+    family = family_of(name)
+    whole, exact = zoo.prepare(family.build(), getattr(torch, dtype), "grouped_mm")
+    prompt, tokens = zoo.prompt(whole, PROMPT, seed=1), zoo.prompt(whole, steps, seed=2)
+    reference = generation(exact, exact, exact, prompt, tokens)
+    eager = generation(whole, whole, whole, prompt, tokens)
+
+    local = distribute(family.build().to(getattr(torch, dtype)), world)
+    graphs, reports = {}, {}
+    cache, fused = zoo.static_cache(local, ROOM), []
+    # As transformers does by itself when it generates.
+    for phase, experts in (("prefill", "grouped_mm"), ("decode", "batched_mm")):
+        local.set_experts_implementation(experts)
+        torch.compiler.reset()
+        graphs[phase] = []
+        backend = "inductor_moe" if real else graph_backend(graphs=graphs[phase])
+        compiled = torch.compile(local, backend=backend, fullgraph=True)
+        inputs = [prompt] if phase == "prefill" else tokens.split(1, dim=1)
+        with torch.no_grad(), collected() as reports[phase]:
+            fused += [compiled(ids, past_key_values=cache).logits for ids in inputs]
+    return {
+        "errors": [relative_error(*pair) for pair in zip(fused, reference, strict=True)],
+        "eager": [relative_error(*pair) for pair in zip(eager, reference, strict=True)],
+        "sum": [float(logits.double().sum()) for logits in fused],
+        "layers": [fused_layers(r) for found in reports.values() for r in found],
+        "refused": [str(r) for found in reports.values() for r in found if r.refused],
+        "graphs": [described(gm) for found in graphs.values() for gm in found],
+        "expected": family.expected(),
+        "experts": [
+            list(getattr(p, "_local_tensor", p).shape)
+            for n, p in local.named_parameters()
+            if n.endswith("experts.down_proj")
+        ],
+    }
+
+
+def described(gm):
+    """How many collectives a graph holds, and what gives the ids of its expert ops."""
+    calls = [node for node in gm.graph.nodes if node.op == "call_function"]
+    names = [str(node.target) for node in calls]
+    return {
+        "reduced": sum("_c10d_functional.all_reduce" in name for name in names),
+        "waited": names.count("_c10d_functional.wait_tensor.default"),
+        "masked": sum(
+            node.args[3].target is aten.where.self
+            for node in calls
+            if str(node.target) == "inductor_moe.moe_experts.default"
+        ),
+    }
+
+
+def check(found, world, collectives=False, slack=2.0):
+    """Every layer is fused on every rank, and all are as exact as one process without us.
+
+    found        what each rank returned
+    collectives  whether the graphs were kept, to be looked at
+    """
+    for results in found:
+        for name, result in results.items():
+            assert result["refused"] == [], name
+            assert all(layers == result["expected"] for layers in result["layers"]), result
+            for fused, eager in zip(result["errors"], result["eager"], strict=True):
+                assert fused <= slack * eager, f"{name}: fused {fused:.2e}, eager {eager:.2e}"
+            assert {shape[0] for shape in result["experts"]} == {zoo.EXPERTS // world}
+            assert result["sum"] == found[0][name]["sum"], f"{name}: the ranks differ"
+            if collectives:
+                layers = result["expected"]["moe_experts"]
+                seen = {"reduced": layers, "waited": layers, "masked": layers}
+                assert result["graphs"] == [seen, seen]
