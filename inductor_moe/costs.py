@@ -37,6 +37,7 @@ KERNELS = {
     "delta_channel_scan_kernel)",
     "delta_decode": "delta_decode_kernel, delta_decode_tail_kernel",
     "quantized_linear": "few tokens: quantized_up_decode_kernel; more: quantized_linear_kernel",
+    "merged_linear": "merged_linear_kernel",
     "moe_experts_quantized": "few tokens: quantized_up_decode_kernel, "
     f"quantized_down_decode_kernel; more: {SORT}, moe_quantized_gemm_kernel twice, "
     "moe_combine_kernel",
@@ -129,11 +130,18 @@ def _name(node: fx.Node) -> str:
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
-    """The values of a node's arguments by name, tensors as they were traced."""
+    """The values of a node's arguments by name, tensors as they were traced.
+
+    Tensors of a list are numbered: "packed.0", "packed.1".
+    """
     named = dict(
         zip((a.name for a in compat.schema_of(node.target).arguments), node.args, strict=False)
     )
     named.update(node.kwargs)
+    for name, value in list(named.items()):
+        if isinstance(value, (list, tuple)):
+            del named[name]
+            named |= {f"{name}.{i}": part for i, part in enumerate(value)}
     return {
         name: value.meta.get("val") if isinstance(value, fx.Node) else value
         for name, value in named.items()
@@ -215,6 +223,12 @@ def _delta_flops(shapes: Shapes) -> int:
     return 6 * math.prod(shapes["v"]) * shapes["k"][-1]
 
 
+def _merged_rows(shapes: Shapes) -> int:
+    return sum(
+        shape[0] for name, shape in shapes.items() if name.startswith(("packed.", "dense."))
+    )
+
+
 _FLOPS: dict[str, Callable[[Shapes], int]] = {
     "moe_experts": _experts_flops,
     "moe_up": _experts_flops,
@@ -222,6 +236,7 @@ _FLOPS: dict[str, Callable[[Shapes], int]] = {
     "delta_rule": _delta_flops,
     "delta_decode": lambda shapes: 6 * math.prod(shapes["recurrent_state"]),
     "quantized_linear": lambda shapes: 2 * math.prod(shapes["x"]) * shapes["packed"][0],
+    "merged_linear": lambda shapes: 2 * math.prod(shapes["x"]) * _merged_rows(shapes),
     "moe_experts_quantized": _packed_experts_flops,
     "moe_up_quantized": _packed_half_flops,
     "moe_down_combine_quantized": _packed_half_flops,

@@ -130,9 +130,16 @@ def experts_by_rule(layer: QuantizedExperts, tokens: int, gpu: Gpu) -> Quantized
 
 
 def linear_by_rule(layer: QuantizedLinear, rows: int, gpu: Gpu) -> QuantizedPlan:
-    """One row: slices of K in the columns. More: a GEMM, narrow while its grid is small."""
+    """One row: slices of K in the columns. More: a GEMM, narrow while its grid is small.
+
+    With one row a large layer wants many small programs in flight, a small one all of its
+    multiprocessors (measured on an H100: 12288, 9216, 2048 and 1024 rows).
+    """
     if rows == 1:
-        parts = PartsTile(16, 128, 8, 4, 3)
+        parts = PartsTile(16, 128, 8, 2, 2)
+        if layer.outputs <= 16 * gpu.multiprocessors:
+            few = layer.inputs <= 1024
+            parts = PartsTile(32, 128, 4, 4, 3) if few else PartsTile(8, 128, 8, 4, 3)
         return QuantizedPlan(0, parts, parts)
     block_m, gemm = _gemm_tile(rows, gpu)
     programs = math.ceil(layer.outputs / gemm.block_n) * math.ceil(rows / block_m)

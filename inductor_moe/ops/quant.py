@@ -79,7 +79,7 @@ def quantized_linear(
     returns  [M, N]  x.dtype; sums in fp32
     """
     check_linear(x, packed, scales, zeros, bias, group_size)
-    cuda = _triton_launches(x)
+    cuda = triton_launches(x)
     if cuda is not None:
         out: Tensor = cuda.quantized_linear_cuda(x, packed, scales, zeros, bias, group_size)
         return out
@@ -148,7 +148,7 @@ def moe_experts_quantized(
                 down_packed, down_scales, down_zeros, down_group_size, inner)  # fmt: skip
     rest = (ids, weights, bias_up, bias_down, activation, gate, alpha, up_offset, limit,
             weights_on_input, out_dtype)  # fmt: skip
-    cuda = _triton_launches(x)
+    cuda = triton_launches(x)
     if cuda is not None:
         _check_experts(x, up_packed, down_packed, inner, *rest[:9])
         out: Tensor = cuda.moe_experts_quantized_cuda(
@@ -226,7 +226,7 @@ def moe_up_quantized(
 ) -> Tensor:
     """`moe_up` on a packed weight [E, N, H]; the arguments are those of `dequantize`."""
     check_packed("moe_up_quantized", "", packed, scales, zeros, group_size, x.shape[1])
-    cuda = _triton_launches(x)
+    cuda = triton_launches(x)
     if cuda is not None:
         check_up(x, _stand_in(packed, x.shape[1], x), ids, bias_up, input_weights)
         out: Tensor = cuda.moe_up_quantized_cuda(
@@ -283,7 +283,7 @@ def moe_down_combine_quantized(
 ) -> Tensor:
     """`moe_down_combine` on a packed weight [E, H, I]; the arguments are those of `dequantize`."""
     check_packed("moe_down_combine_quantized", "", packed, scales, zeros, group_size, h.shape[1])
-    cuda = _triton_launches(h)
+    cuda = triton_launches(h)
     if cuda is not None:
         check_down(h, _stand_in(packed, h.shape[1], h), ids, weights, bias_down)
         out: Tensor = cuda.moe_down_combine_quantized_cuda(
@@ -356,7 +356,7 @@ def _check_experts(
     check_experts(x, w_up, w_down, *rest)  # type: ignore[arg-type]
 
 
-def _triton_launches(x: Tensor) -> Any:
+def triton_launches(x: Tensor) -> Any:
     """The Triton implementations, or None where they do not serve this device or dtype."""
     if x.device.type != "cuda" or x.dtype not in (torch.bfloat16, torch.float16):
         return None

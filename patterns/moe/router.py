@@ -19,10 +19,12 @@ from torch import fx
 from inductor_moe.compat import real_tensors
 from inductor_moe.ops.moe import moe_experts, moe_up
 from inductor_moe.ops.moe_route import MAX_EXPERTS, MAX_TOP_K, moe_route
+from inductor_moe.ops.quant import moe_experts_quantized, moe_up_quantized
 from inductor_moe.patterns.evaluate import computes, leaves, literals, probe
 from inductor_moe.patterns.moe.groups import Groups, read_groups, top_k_arguments
 from inductor_moe.patterns.rewrite import Refusal, Rewrite
 from inductor_moe.patterns.walk import (
+    SHAPES,
     aten,
     call,
     dtype,
@@ -39,7 +41,9 @@ from inductor_moe.patterns.walk import (
     without_ones,
 )
 
-CONSUMERS = (moe_experts._opoverload, moe_up._opoverload)
+CONSUMERS = tuple(
+    op._opoverload for op in (moe_experts, moe_up, moe_experts_quantized, moe_up_quantized)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +284,40 @@ def replace(graph: fx.Graph, site: RouterSite) -> fx.Node:
             )  # fmt: skip
     site.weights.replace_all_uses_with(weights)
     site.ids.replace_all_uses_with(ids)
+    _drop_clamps(ids, experts)
     return both
+
+
+def _drop_clamps(ids: fx.Node, experts: int) -> None:
+    """Pass by clamps to the range of expert numbers, which the op's own never leave."""
+    stack = [ids]
+    while stack:
+        node = stack.pop()
+        for user in list(node.users):
+            if _keeps_range(user, experts):
+                user.replace_all_uses_with(node)
+                stack.append(node)
+            elif is_call(user, *SHAPES):
+                stack.append(user)
+
+
+def _keeps_range(node: fx.Node, experts: int) -> bool:
+    if not is_call(node, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default):
+        return False
+    bounds = list(node.args[1:])
+    least, most = {
+        aten.clamp.default: [*bounds, None, None][:2],
+        aten.clamp_min.default: [*bounds, None],
+        aten.clamp_max.default: [None, *bounds],
+    }[node.target]
+    numbers = all(bound is None or number(bound) is not None for bound in (least, most))
+    return (
+        bool(node.users)
+        and not node.kwargs
+        and numbers
+        and (least is None or least <= 0)
+        and (most is None or most >= experts - 1)
+    )
 
 
 ROUTER = Rewrite(

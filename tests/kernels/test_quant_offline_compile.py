@@ -17,6 +17,7 @@ import triton
 from kernels.test_moe_offline_compile import GPUS, H100, POINTERS, Recorder, local_memory
 from triton.backends.compiler import GPUTarget
 
+from inductor_moe.ops.merged_linear_cuda import merged_linear_cuda
 from inductor_moe.ops.quant_cuda import moe_experts_quantized_cuda, quantized_linear_cuda
 from inductor_moe.quant.fit import Scheme, empty
 from inductor_moe.quant_tiles import (
@@ -67,13 +68,26 @@ def record_linear(scheme: Scheme, tokens: int, gpu: Any, outputs: int = 12352) -
     return launches
 
 
+def record_merged(scheme: Scheme, packed: tuple[int, ...], dense: tuple[int, ...]) -> dict:
+    launches: dict[str, Any] = {}
+    weights = [empty(torch.Size([n, 2048]), torch.bfloat16, META, scheme) for n in packed]
+    merged_linear_cuda(
+        torch.empty(1, 2048, dtype=torch.bfloat16, device=META),
+        [w.packed for w in weights], [w.scales for w in weights],
+        [w.zeros for w in weights if w.zeros is not None], scheme.group_size,
+        [torch.empty(n, 2048, dtype=torch.bfloat16, device=META) for n in dense],
+        tile=PartsTile(16, 128, 8, 4, 3), wrap=Recorder(launches),
+    )  # fmt: skip
+    return launches
+
+
 def compiled(launches: dict[str, Any], gpu: Any) -> dict[str, Any]:
     """The kernels on packed weights, by name; asserts that none spills."""
     major, minor = gpu.capability
     found = {}
     for key, (source, options) in launches.items():
         name = source.fn.fn.__name__
-        if "quantized" not in name:
+        if "quantized" not in name and "merged" not in name:
             continue
         kernel = triton.compile(
             source, target=GPUTarget("cuda", 10 * major + minor, 32), options=options
@@ -89,6 +103,12 @@ def test_int4_kernels_compile_without_spills(gpu):
     for tokens in (1, 4096):
         assert compiled(record_experts(SCHEMES["int4"], tokens, gpu), gpu)
     assert compiled(record_linear(SCHEMES["int4"], 1, gpu), gpu)
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: "sm_{}{}".format(*gpu.capability))
+def test_merged_layers_compile_without_spills(gpu):
+    for packed, dense in (((8192, 4096), (32, 32)), ((), (256, 1)), ((512, 512), ())):
+        assert compiled(record_merged(SCHEMES["int4"], packed, dense), gpu)
 
 
 @pytest.mark.slow

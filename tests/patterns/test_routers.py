@@ -331,3 +331,38 @@ def test_a_router_in_fp64_is_left():
     found, expected, report = choice_of(lambda x: torch.topk(x.softmax(-1), 2, dim=-1), logits)
     assert torch.equal(found, expected)
     assert "moe_route" not in report.counts()
+
+
+@pytest.mark.parametrize(
+    "clamp, kept",
+    [
+        (lambda ids: ids.clamp(0, 7), False),
+        (lambda ids: ids.clamp(min=0).clamp(max=9), False),
+        (lambda ids: ids.clamp(1, 7), True),
+        (lambda ids: ids.clamp(max=6), True),
+        (lambda ids: ids.clamp(min=0, max=6), True),
+    ],
+)
+def test_clamps_that_change_nothing_are_dropped(clamp, kept):
+    torch.manual_seed(3)
+    w_up, w_down = torch.randn(8, 32, 16), torch.randn(8, 16, 16)
+
+    def block(x, logits):
+        weights, ids = torch.topk(torch.softmax(logits, -1), 2, -1)
+        rows = clamp(ids.reshape(-1))
+        x = x.repeat_interleave(2, 0)
+        up = torch.bmm(w_up[rows], x.unsqueeze(-1)).squeeze(-1)
+        gate, up = up.chunk(2, -1)
+        out = torch.bmm(w_down[rows], (nn.functional.silu(gate) * up).unsqueeze(-1)).squeeze(-1)
+        return (out * weights.reshape(-1, 1)).view(-1, 2, 16).sum(1)
+
+    x, logits = torch.randn(5, 16), torch.randn(5, 8) * 3
+    logits[0, 0] = logits[1, 7] = 20.0
+    graphs = []
+    with torch.no_grad():
+        found, report = capture(block, x, logits, graphs=graphs)
+        expected = block(x, logits)
+    assert report.counts() == {"moe_experts": 1, "moe_route": 1}
+    clamps = [node for node in graphs[0].graph.nodes if "clamp" in str(node.target)]
+    assert bool(clamps) == kept
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,26 @@
+"""The lowering of merged_linear: a Triton kernel on a GPU, aten elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from inductor_moe import compat
+from inductor_moe.lowerings.trace import lower
+from inductor_moe.ops import merged_linear as ops
+
+
+def register() -> None:
+    """Register the lowering."""
+    lower(ops.merged_linear, merged_linear_lowering)
+
+
+def merged_linear_lowering(x: Any, *args: Any) -> Any:
+    """The implementation that is traced into the graph."""
+    served = x.dtype in (torch.bfloat16, torch.float16)
+    if not served or not compat.runs_triton_kernels(x.device):
+        return ops.merged_linear_plain(x, *args)
+    from inductor_moe.ops.merged_linear_cuda import merged_linear_cuda
+
+    return merged_linear_cuda(x, *args, wrap=compat.wrap_triton)

@@ -1,0 +1,154 @@
+"""Linear layers of one input, in a decode step: one launch reads all their weights.
+
+Each alone is too small to fill a GPU, and a launch costs what its weights take to read.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx
+
+from inductor_moe.ops.merged_linear import MEMBERS, merged_linear
+from inductor_moe.ops.quant import quantized_linear
+from inductor_moe.patterns.quant import PackedWeight
+from inductor_moe.patterns.rewrite import Rewrite
+from inductor_moe.patterns.walk import (
+    aten,
+    call,
+    dtype,
+    flat_source,
+    is_call,
+    sizes,
+    tensor,
+)
+
+# Dense layers with more rows fill a GPU on their own.
+DENSE_ROWS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One linear layer on x [1, K]: a packed weight [N, K], or a dense one."""
+
+    node: fx.Node
+    x: fx.Node
+    packed: PackedWeight | None
+    dense: fx.Node | None
+
+    @property
+    def rows(self) -> int:
+        return int(sizes(self.node)[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class MergedSite:
+    """Linear layers of one input, packed ones first."""
+
+    members: tuple[Member, ...]
+
+    @property
+    def packed(self) -> list[PackedWeight]:
+        return [member.packed for member in self.members if member.packed is not None]
+
+    def describe(self) -> str:
+        x = self.members[0].x
+        rows = " + ".join(str(member.rows) for member in self.members)
+        kinds = [self.packed[0].describe()] if self.packed else []
+        if len(self.packed) < len(self.members):
+            kinds.append(str(dtype(x)))
+        return f"{sizes(x)[1]} -> {rows}; {', '.join(kinds)}"
+
+
+def _member(node: fx.Node) -> Member | None:
+    """The layer that a node computes for one row; None for another node, or more rows."""
+    if is_call(node, quantized_linear._opoverload):
+        x, packed, scales, zeros, bias, group_size = node.args
+        if bias is not None or sizes(x)[0] != 1:
+            return None
+        weight = PackedWeight(node, packed, scales, zeros, group_size, sizes(x)[1])
+        return Member(node, x, weight, None)
+    if not is_call(node, aten.mm.default):
+        return None
+    x, operand = node.args
+    if not is_call(operand, aten.permute.default) or list(operand.args[1]) != [1, 0]:
+        return None
+    weight = operand.args[0]
+    plain = weight.op in ("placeholder", "get_attr") and tensor(weight).is_contiguous()
+    fits = sizes(x)[0] == 1 and isinstance(sizes(weight)[0], int)
+    if not plain or not fits or sizes(weight)[0] > DENSE_ROWS or dtype(weight) != dtype(node):
+        return None
+    return Member(node, x, None, weight)
+
+
+def _groups(graph: fx.Graph) -> dict[fx.Node, list[Member]]:
+    """Input -> the layers on it that one op can compute, in graph order."""
+    found: dict[fx.Node, list[Member]] = collections.defaultdict(list)
+    for node in graph.nodes:
+        member = _member(node)
+        if member is not None:
+            found[flat_source(member.x)].append(member)
+    return {x: chosen for x, members in found.items() if len(chosen := _alike(members)) > 1}
+
+
+def _alike(members: list[Member]) -> list[Member]:
+    """The packed layers of the most frequent scheme and the dense ones, as many as fit."""
+    schemes = collections.Counter(_scheme(m.packed) for m in members if m.packed is not None)
+    scheme = schemes.most_common(1)[0][0] if schemes else None
+    packed = [m for m in members if m.packed is not None and _scheme(m.packed) == scheme]
+    dense = [m for m in members if m.dense is not None and dtype(m.node) == dtype(members[0].x)]
+    # What starts after an odd number of rows is not aligned.
+    packed.sort(key=lambda m: m.rows % 8 != 0)
+    dense.sort(key=lambda m: m.rows % 8 != 0)
+    return packed[:MEMBERS] + dense[:MEMBERS]
+
+
+def _scheme(weight: PackedWeight) -> tuple[Any, ...]:
+    return weight.bits, weight.group_size, weight.zeros is not None
+
+
+def anchors(graph: fx.Graph) -> Iterator[fx.Node]:
+    """The inputs of several linear layers."""
+    yield from _groups(graph)
+
+
+def walk(x: fx.Node) -> MergedSite:
+    """Read the layers on x."""
+    return MergedSite(tuple(_groups(x.graph)[x]))
+
+
+def replace(graph: fx.Graph, site: MergedSite) -> fx.Node:
+    """Insert the op before the first of the layers, and a slice of it for each."""
+    positions = {node: place for place, node in enumerate(graph.nodes)}
+    first = min(site.members, key=lambda member: positions[member.node])
+    packed = site.packed
+    with graph.inserting_before(first.node):
+        output = call(
+            graph, merged_linear._opoverload, first.x,
+            [weight.packed for weight in packed], [weight.scales for weight in packed],
+            [weight.zeros for weight in packed if weight.zeros is not None],
+            packed[0].group_size if packed else 0,
+            [member.dense for member in site.members if member.dense is not None],
+            like=first.node,
+        )  # fmt: skip
+        begin = 0
+        for member in site.members:
+            end = begin + member.rows
+            part = call(graph, aten.slice.Tensor, output, 1, begin, end, like=member.node)
+            member.node.replace_all_uses_with(part)
+            begin = end
+    return output
+
+
+MERGED = Rewrite(
+    "linear.merged",
+    op="merged_linear",
+    anchors=anchors,
+    walk=walk,
+    replace=replace,
+    describe=MergedSite.describe,
+    optional=True,
+)
