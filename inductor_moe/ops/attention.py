@@ -150,7 +150,7 @@ def attention_decode_cuda(
     out = torch.empty((batch, heads, value_dim), dtype=q.dtype, device=q.device)
     if isinstance(batch, int) and batch == 0:
         return out
-    splits, partial, maxima, sums = tile.splits, out, out, out
+    splits, partial, maxima, sums = tile.splits, out, q, q
     if splits > 1:
         shape = (batch, heads, splits)
         partial = torch.empty((*shape, value_dim), dtype=torch.float32, device=q.device)
