@@ -36,6 +36,7 @@ KERNELS = {
     "delta_chunk_scan_kernel (a decay per channel: delta_channel_intra_kernel, "
     "delta_channel_scan_kernel)",
     "delta_decode": "delta_decode_kernel, delta_decode_tail_kernel",
+    "attention_decode": "attention_decode_kernel, attention_combine_kernel",
     "quantized_linear": "few tokens: quantized_up_decode_kernel; more: quantized_linear_kernel",
     "merged_linear": "merged_linear_kernel",
     "moe_experts_quantized": "few tokens: quantized_up_decode_kernel, "
@@ -87,7 +88,8 @@ def dead_with(anchor: fx.Node) -> list[fx.Node]:
     ends = []
     while last:
         node = last.pop()
-        if node.op == "output" or node.is_impure() or len(seen) > SITE_NODES:
+        impure = node.is_impure(impure_random=node is not anchor)
+        if node.op == "output" or impure or len(seen) > SITE_NODES:
             return []
         if not node.users:
             ends.append(node)
@@ -97,7 +99,8 @@ def dead_with(anchor: fx.Node) -> list[fx.Node]:
     dead: dict[fx.Node, None] = {}
     while ends:
         node = ends.pop(0)
-        if node in dead or node.op == "placeholder" or node.is_impure():
+        impure = node.is_impure(impure_random=node is not anchor)
+        if node in dead or node.op == "placeholder" or impure:
             continue
         if all(user in dead for user in node.users):
             dead[node] = None
@@ -229,12 +232,19 @@ def _merged_rows(shapes: Shapes) -> int:
     )
 
 
+def _attention_flops(shapes: Shapes) -> int:
+    """Two for each number of the cache and each query head that reads it."""
+    group = shapes["q"][1] // shapes["k"][1]
+    return 2 * group * (math.prod(shapes["k"]) + math.prod(shapes["v"]))
+
+
 _FLOPS: dict[str, Callable[[Shapes], int]] = {
     "moe_experts": _experts_flops,
     "moe_up": _experts_flops,
     "moe_down_combine": _experts_flops,
     "delta_rule": _delta_flops,
     "delta_decode": lambda shapes: 6 * math.prod(shapes["recurrent_state"]),
+    "attention_decode": _attention_flops,
     "quantized_linear": lambda shapes: 2 * math.prod(shapes["x"]) * shapes["packed"][0],
     "merged_linear": lambda shapes: 2 * math.prod(shapes["x"]) * _merged_rows(shapes),
     "moe_experts_quantized": _packed_experts_flops,

@@ -99,8 +99,9 @@ def rewrite(graph: fx.Graph, options: Options) -> list[Site]:
                 found.append(
                     (anchor, _rewrite_site(graph, form, anchor, taken, produced, options))
                 )
-        # What a rewrite replaced must not count as a user of what the next one reads.
-        graph.eliminate_dead_code()
+        # What a rewrite replaced must not count as a user of what the next one reads, nor stay
+        # for being random, as attention is to PyTorch.
+        graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=node not in taken))
     # One form's refusal says nothing where another form fused the same site, and what a form
     # makes of another's op is one site with it.
     optional = {form.name for form in ALL if form.optional}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from inductor_moe.capture.graphs import capture, graph_backend
+from inductor_moe.patterns import ALL
 from inductor_moe.report import Report
 
 
@@ -15,8 +16,9 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def fused_layers(report: Report) -> dict[str, int]:
-    """The matched sites per op of a report, routers left out: those are optional."""
-    return {op: count for op, count in report.counts().items() if op != "moe_route"}
+    """The matched sites per op of a report, without the ops of optional rewrites."""
+    optional = {rewrite.op for rewrite in ALL if rewrite.optional}
+    return {op: count for op, count in report.counts().items() if op not in optional}
 
 
 __all__ = ["capture", "fused_layers", "graph_backend", "relative_error"]

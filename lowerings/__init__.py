@@ -11,8 +11,9 @@ import functools
 @functools.cache
 def install() -> None:
     """Register every lowering with Inductor. Idempotent."""
-    from inductor_moe.lowerings import delta_rule, merged_linear, moe, quant
+    from inductor_moe.lowerings import attention, delta_rule, merged_linear, moe, quant
 
+    attention.register()
     moe.register()
     delta_rule.register()
     quant.register()

@@ -6,6 +6,7 @@ if __name__ == "patterns":
     )
 
 from inductor_moe.patterns import merged, quant
+from inductor_moe.patterns.attention import decode as attention_decode
 from inductor_moe.patterns.delta_rule import decode, heads, unrolled
 from inductor_moe.patterns.moe import called, dense, experts, gathered, router
 from inductor_moe.patterns.rewrite import Refusal, Rewrite
@@ -22,6 +23,7 @@ ALL: tuple[Rewrite, ...] = (
     heads.CALLED,
     quant.LINEAR,
     merged.MERGED,
+    attention_decode.DECODE,
 )
 
 __all__ = ["ALL", "Refusal", "Rewrite"]

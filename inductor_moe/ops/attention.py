@@ -1,0 +1,187 @@
+"""`inductor_moe::attention_decode`: one query position against a cache of keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inductor_moe.attention_tiles import AttentionTile, choose_attention_tile
+from inductor_moe.tiles import gpu_of
+
+MAX_HEAD_DIM = 256
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> None:
+    """Raise ValueError naming the first argument of `attention_decode` that is off."""
+    del scale
+    for name, tensor, letters in (("q", q, "B, Hq, D"), ("k", k, "B, Hkv, L, D"),
+                                  ("v", v, "B, Hkv, L, DV")):  # fmt: skip
+        if tensor.dim() != letters.count(",") + 1 or not tensor.dtype.is_floating_point:
+            raise ValueError(
+                f"attention_decode: {name} has dtype {tensor.dtype} and shape "
+                f"{list(tensor.shape)}; it must be a float tensor [{letters}]."
+            )
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise ValueError(
+                f"attention_decode: {name} is {tensor.dtype} on {tensor.device}; it must be like "
+                f"q, {q.dtype} on {q.device}."
+            )
+    batch, heads, dim = q.shape
+    if k.shape[0] != batch or k.shape[3] != dim:
+        raise ValueError(
+            f"attention_decode: k has shape {list(k.shape)}; for q of shape {list(q.shape)} it "
+            f"must be [{batch}, Hkv, L, {dim}]."
+        )
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"attention_decode: v has shape {list(v.shape)}; for k of shape {list(k.shape)} it "
+            f"must be {[*k.shape[:3]]} and its own head dim."
+        )
+    if k.shape[1] < 1 or heads % k.shape[1]:
+        raise ValueError(
+            f"attention_decode: q has {heads} heads; they must be a multiple of the "
+            f"{k.shape[1]} heads of k."
+        )
+    for name, tensor in (("k", k), ("v", v)):
+        if not 1 <= tensor.shape[3] <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"attention_decode: {name} has head dim {tensor.shape[3]}; it must be between 1 "
+                f"and {MAX_HEAD_DIM}."
+            )
+    if mask is None:
+        return
+    known = mask.dtype == torch.bool or mask.dtype.is_floating_point
+    if not known or mask.dim() != 4 or mask.shape[1:] != (1, 1, k.shape[2]):
+        raise ValueError(
+            f"attention_decode: mask has dtype {mask.dtype} and shape {list(mask.shape)}; it must "
+            f"be a bool or float tensor [{batch} or 1, 1, 1, {k.shape[2]}]."
+        )
+    if mask.shape[0] != 1 and mask.shape[0] != batch:
+        raise ValueError(
+            f"attention_decode: mask has {mask.shape[0]} rows; it must have 1 or {batch}."
+        )
+    if mask.device != q.device:
+        raise ValueError(f"attention_decode: mask is on {mask.device}; q is on {q.device}.")
+
+
+@torch.library.custom_op("inductor_moe::attention_decode", mutates_args=(), device_types="cpu")
+def attention_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of one query position, the cache read where it lies: no head is repeated.
+
+    q     [B, Hq, D]       bf16, fp16, fp32; D at most 256
+    k     [B, Hkv, L, D]   like q, any strides; head h of q reads head h // (Hq // Hkv)
+    v     [B, Hkv, L, DV]  like q, any strides; DV at most 256
+    mask  [B or 1, 1, 1, L]  bool, False hides a position; or float, added to the scaled scores,
+                           where -inf hides one
+    scale                  of the scores
+    returns [B, Hq, DV] in q's dtype, contiguous; zeros for a row with every position hidden, as
+    torch.nn.functional.scaled_dot_product_attention on a CPU. On a GPU hidden positions are not
+    read: they may hold NaN
+    Source: Dao et al., Flash-Decoding, 2023; Milakov and Gimelshein, arXiv:1805.02867.
+    """
+    check_attention(q, k, v, mask, scale)
+    return attention_decode_aten(q, k, v, mask, scale)
+
+
+def attention_decode_aten(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """`attention_decode` in aten alone, traceable. A hidden position must not hold NaN."""
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = (
+            x[:, :, None]
+            .expand(-1, -1, group, -1, -1)
+            .reshape(x.shape[0], q.shape[1], x.shape[2], x.shape[3])
+            for x in (k, v)
+        )
+    if mask is not None:
+        mask = mask if mask.dtype in (torch.bool, q.dtype) else mask.float()
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q.unsqueeze(2), k, v, attn_mask=mask, scale=scale
+    )
+    return out.reshape(q.shape[0], q.shape[1], v.shape[3])
+
+
+@attention_decode.register_fake
+def _attention_decode_fake(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    check_attention(q, k, v, mask, scale)
+    return q.new_empty((q.shape[0], q.shape[1], v.shape[3]))
+
+
+def attention_decode_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    *,
+    batch_hint: int | None = None,
+    length_hint: int | None = None,
+    tile: AttentionTile | None = None,
+    wrap: Callable[[Any], Any] = lambda kernel: kernel,
+) -> Tensor:
+    """`attention_decode` as one or two Triton launches; traceable with wrap_triton.
+
+    The hints stand for a symbolic B and L in the choice of the tile; any tile is right for any.
+    """
+    import triton
+
+    from inductor_moe.kernels.attention import attention_combine_kernel, attention_decode_kernel
+
+    batch, heads, dim = q.shape
+    _, kv_heads, length, value_dim = v.shape
+    group = heads // kv_heads
+    tile = tile or choose_attention_tile(
+        batch=batch if batch_hint is None else batch_hint,
+        kv_heads=kv_heads,
+        group=group,
+        length=length if length_hint is None else length_hint,
+        dim=max(dim, value_dim),
+        itemsize=q.element_size(),
+        gpu=gpu_of(q.device.index) if q.device.type == "cuda" else None,
+    )
+    out = torch.empty((batch, heads, value_dim), dtype=q.dtype, device=q.device)
+    if isinstance(batch, int) and batch == 0:
+        return out
+    splits, partial, maxima, sums = tile.splits, out, q, q
+    if splits > 1:
+        shape = (batch, heads, splits)
+        partial = torch.empty((*shape, value_dim), dtype=torch.float32, device=q.device)
+        maxima = torch.empty(shape, dtype=torch.float32, device=q.device)
+        sums = torch.empty(shape, dtype=torch.float32, device=q.device)
+    row_stride = 0 if mask is None or mask.shape[0] == 1 else mask.stride(0)
+    wrap(attention_decode_kernel)[(splits, kv_heads * -(-group // tile.block_g), batch)](
+        q, k, v, q if mask is None else mask, partial, maxima, sums,
+        length, *q.stride(), *k.stride(), *v.stride(),
+        row_stride, 0 if mask is None else mask.stride(3),
+        G=group, D=dim, DV=value_dim, SCALE=scale,
+        MASK="none" if mask is None else "bool" if mask.dtype == torch.bool else "float",
+        SPLITS=splits, BLOCK_G=tile.block_g, BLOCK_L=tile.block_l,
+        BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        BLOCK_DV=max(16, triton.next_power_of_2(value_dim)),
+        STAGES=tile.stages, num_warps=tile.warps,
+    )  # fmt: skip
+    if splits > 1:
+        wrap(attention_combine_kernel)[(batch * heads, -(-value_dim // 64))](
+            partial, maxima, sums, out,
+            DV=value_dim, SPLITS=splits, BLOCK_S=triton.next_power_of_2(splits), BLOCK_DV=64,
+            num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+@attention_decode.register_kernel("cuda")
+def _attention_decode_on_cuda(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    check_attention(q, k, v, mask, scale)
+    if q.dtype not in KERNEL_DTYPES:
+        return attention_decode_aten(q, k, v, mask, scale)
+    return attention_decode_cuda(q, k, v, mask, scale)

@@ -1,0 +1,291 @@
+"""Decode attention: what matches, on which tensors, and what must not."""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+from torch._inductor.decomposition import select_decomp_table
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from inductor_moe.config import Options
+from inductor_moe.passes import rewrite
+from inductor_moe.patterns import Refusal
+from inductor_moe.patterns.attention.decode import DECODE
+from inductor_moe.testing import relative_error
+
+aten = torch.ops.aten
+B, HQ, HKV, L, D = 2, 6, 2, 21, 16
+INF = float("inf")
+
+
+def cudnn(q, k, v, mask, scale=None, dropout=0.0, causal=False):
+    return aten._scaled_dot_product_cudnn_attention(
+        q, k, v, mask, False, dropout, causal, False, scale=scale
+    )
+
+
+def efficient(q, k, v, mask, scale=None):
+    return aten._scaled_dot_product_efficient_attention(q, k, v, mask, False, scale=scale)
+
+
+def on_cpu(q, k, v, mask, scale=None):
+    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+
+
+def overrideable(q, k, v, mask, scale=None):
+    return aten._scaled_dot_product_fused_attention_overrideable(q, k, v, mask, scale=scale)
+
+
+def flash(q, k, v, mask, scale=None):
+    assert mask is None
+    return aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
+
+
+def composite(q, k, v, mask, scale=None):
+    return (
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale),
+    )
+
+
+FORMS = {f.__name__: f for f in (cudnn, efficient, on_cpu, overrideable, composite, flash)}
+
+
+def draw(batch=B, heads=HQ, kv_heads=HKV, length=L, dim=D, value_dim=D, dtype=torch.float32):
+    q = torch.randn(batch, heads, 1, dim)
+    k = torch.randn(batch, kv_heads, length, dim)
+    v = torch.randn(batch, kv_heads, length, value_dim)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def keep_of(batch=B, length=L):
+    keep = torch.rand(batch, 1, 1, length) < 0.6
+    keep[..., 3] = True
+    return keep
+
+
+def repeat(x, group=HQ // HKV):
+    batch, heads, length, dim = x.shape
+    x = x[:, :, None].expand(batch, heads, group, length, dim)
+    return x.reshape(batch, heads * group, length, dim)
+
+
+def additive(keep, dtype=torch.float32):
+    return torch.where(keep, torch.full([], 0.0, dtype=dtype), torch.full([], -INF, dtype=dtype))
+
+
+def exact(q, k, v, mask=None, scale=None):
+    """In fp64 with heads repeated by indexing."""
+    q, k, v = q.double(), k.double(), v.double()
+    head = torch.arange(q.shape[1]) // (q.shape[1] // k.shape[1])
+    scores = q @ k[:, head].transpose(2, 3) * (q.shape[3] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        bool_mask = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, -INF) if bool_mask else scores + mask.double()
+    return scores.softmax(-1) @ v[:, head]
+
+
+def fused(function, arguments):
+    """The graph of a function after the rewrites, and the one site in it.
+
+    Traced on fake tensors: most forms of attention have no kernel on a CPU.
+    """
+    graph = make_fx(
+        functionalize(function, remove="mutations"),
+        decomposition_table=select_decomp_table(),
+        tracing_mode="fake",
+    )(*arguments)
+    (site,) = rewrite(graph.graph, Options(strict=True))
+    graph.recompile()
+    return graph, site
+
+
+def op_arguments(function, *arguments):
+    """The fake values of the op's arguments after the rewrite."""
+    graph, _ = fused(function, arguments)
+    (node,) = (n for n in graph.graph.nodes if "attention_decode" in str(n.target))
+    return [a.meta["val"] if isinstance(a, torch.fx.Node) else a for a in node.args]
+
+
+def check(function, arguments, expected, tolerance=2e-6):
+    graph, site = fused(function, arguments)
+    assert site.matched and site.op == "attention_decode" and "scaled_dot_product" in site.before
+    targets = [str(node.target) for node in graph.graph.nodes]
+    assert targets.count("inductor_moe.attention_decode.default") == 1
+    assert not any("scaled_dot_product" in target for target in targets)
+    found = graph(*arguments)
+    assert found.shape == expected.shape
+    assert relative_error(found, expected) < tolerance
+    return site
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("scale", [None, 0.31])
+def test_forms(name, scale):
+    q, k, v = draw()
+    keep = None if name == "flash" else keep_of()
+
+    def function(q, k, v, keep):
+        mask = None if keep is None else additive(keep).expand(B, HQ, 1, L)
+        return FORMS[name](q, repeat(k), repeat(v), mask, scale)[0]
+
+    site = check(function, (q, k, v, keep), exact(q, k, v, keep, scale))
+    assert site.detail == f"B={B} Hq={HQ} Hkv={HKV} D={D} L={L}" + (
+        "; mask" if keep is not None else ""
+    )
+    found = op_arguments(function, q, k, v, keep)
+    assert found[1].shape == k.shape and found[2].shape == v.shape
+    assert keep is None or found[3].dtype == torch.bool
+
+
+def test_a_padded_mask_is_read_before_its_padding():
+    q, k, v = draw()
+
+    def function(q, k, v, keep):
+        padded = torch.nn.functional.pad(additive(keep), (0, 11))[..., :L]
+        return efficient(q, repeat(k), repeat(v), padded.expand(B, HQ, 1, L))[0]
+
+    arguments = (q, k, v, keep_of())
+    check(function, arguments, exact(*arguments))
+    assert op_arguments(function, *arguments)[3].dtype == torch.bool
+
+
+MASKS = {
+    "lowest number": lambda keep: torch.where(keep, 0.0, torch.finfo(torch.float32).min),
+    "the other way round": lambda keep: torch.where(keep, -INF, 0.0),
+    "a bias": lambda keep: additive(keep) + torch.arange(L) / 7,
+    "one row for all": lambda keep: additive(keep[:1]),
+    "two dims": lambda keep: additive(keep)[0, 0],
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_float_masks(name):
+    q, k, v = draw()
+    keep = keep_of()
+
+    def function(q, k, v, keep):
+        return on_cpu(q, repeat(k), repeat(v), MASKS[name](keep))[0]
+
+    check(function, (q, k, v, keep), exact(q, k, v, MASKS[name](keep)))
+
+
+HEADS = {
+    # name: (how k is repeated, how v is repeated, heads of the tensors that the op reads)
+    "no group": (lambda k: k.index_select(1, torch.arange(HQ) // 3), None, HQ),
+    "interleaved": (lambda k: k.repeat(1, 3, 1, 1), None, HQ),
+    "interleaved by a view": (
+        lambda k: k[:, None].expand(B, 3, HKV, L, D).reshape(B, HQ, L, D), None, HQ,
+    ),
+    "repeat_interleave": (lambda k: k.repeat_interleave(3, 1), None, HKV),
+    "keys alone": (repeat, lambda v: v.repeat(1, 3, 1, 1), HQ),
+    "values alone": (lambda k: k.repeat(1, 3, 1, 1), repeat, HQ),
+    "positions permuted": (lambda k: repeat(k.transpose(1, 2).contiguous().transpose(1, 2)),
+                           None, HKV),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_are_repeated_in_the_order_of_the_graph(name):
+    keys, values, heads = HEADS[name]
+    q, k, v = draw()
+
+    def function(q, k, v):
+        return on_cpu(q, keys(k), (values or keys)(v), None)[0]
+
+    check(function, (q, k, v), exact(q, keys(k), (values or keys)(v)))
+    found = op_arguments(function, q, k, v)
+    assert found[1].shape[1] == found[2].shape[1] == heads
+
+
+def test_one_head_of_keys():
+    q, k, v = draw(kv_heads=1)
+
+    def function(q, k, v):
+        return on_cpu(q, k.expand(B, HQ, L, D), v.expand(B, HQ, L, D), None)[0]
+
+    check(function, (q, k, v), exact(q, k, v))
+    assert op_arguments(function, q, k, v)[1].shape[1] == 1
+
+
+def test_groups_that_the_attention_itself_knows():
+    q, k, v = draw()
+    check(lambda q, k, v: flash(q, k, v, None)[0], (q, k, v), exact(q, k, v))
+
+
+def test_values_of_another_width():
+    q, k, v = draw(value_dim=24)
+    site = check(
+        lambda q, k, v: efficient(q, repeat(k), repeat(v), None)[0], (q, k, v), exact(q, k, v)
+    )
+    assert f"D={D} DV=24" in site.detail
+
+
+def test_a_composite_call_in_the_graph():
+    q, k, v = draw()
+    traced = make_fx(lambda q, k, v: cudnn(q, k, v, None)[0], tracing_mode="fake")(q, k, v)
+    (node,) = (n for n in traced.graph.nodes if "cudnn" in str(n.target))
+    for item in list(node.users):
+        item.replace_all_uses_with(node)
+        traced.graph.erase_node(item)
+    node.target, node.args = aten.scaled_dot_product_attention.default, node.args[:3]
+    node.kwargs = {"enable_gqa": True, "scale": 0.2}
+    node.meta["val"] = node.meta["val"][0]
+    kwargs, node.kwargs = node.kwargs, {"scale": 0.2}
+    with pytest.raises(Refusal, match="6 query heads share 2 heads"):
+        DECODE.walk(node)
+    node.kwargs = kwargs
+    (site,) = rewrite(traced.graph, Options(strict=True))
+    traced.recompile()
+    assert site.matched
+    assert relative_error(traced(q, k, v), exact(q, k, v, scale=0.2)) < 2e-6
+
+
+def with_log_sum_exp(q, k, v):
+    found = on_cpu(q, repeat(k), repeat(v), None)
+    return found[0] + found[1][..., None]
+
+
+NEAR_MISSES = {
+    "2 query positions": lambda q, k, v: on_cpu(
+        torch.cat([q, q], 2), repeat(k), repeat(v), None)[0],
+    "causal": lambda q, k, v: cudnn(q, repeat(k), repeat(v), None, causal=True)[0],
+    "dropout": lambda q, k, v: cudnn(q, repeat(k), repeat(v), None, dropout=0.1)[0],
+    "more than the attention's output": with_log_sum_exp,
+    "not one value for each position": lambda q, k, v: on_cpu(
+        q, repeat(k), repeat(v), torch.zeros(1, HQ, 1, L))[0],
+    "a position": lambda q, k, v: on_cpu(
+        q, repeat(k), repeat(v), torch.zeros(1, 1, 1, 1).expand(1, 1, 1, L))[0],
+    "dtypes are torch.float64": lambda q, k, v: on_cpu(
+        q.double(), repeat(k).double(), repeat(v).double(), None)[0],
+    "heads of 272": lambda q, k, v: on_cpu(
+        q.repeat(1, 1, 1, 17), repeat(k).repeat(1, 1, 1, 17), repeat(v), None)[0],
+    "in several places": lambda q, k, v: list(
+        operator.getitem(on_cpu(q, repeat(k), repeat(v), None), slice(0, 2))),
+}  # fmt: skip
+REASONS = {"a position": "not one value", "in several places": "more than the attention's output"}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_misses(name):
+    traced = make_fx(NEAR_MISSES[name], tracing_mode="fake")(*draw())
+    anchors = list(DECODE.anchors(traced.graph))
+    assert len(anchors) == 1
+    with pytest.raises(Refusal, match=REASONS.get(name, name)):
+        DECODE.walk(anchors[0])
+    assert rewrite(traced.graph, Options(strict=True)) == []
+    assert not any("inductor_moe" in str(node.target) for node in traced.graph.nodes)
+
+
+def test_bf16_is_as_exact_as_eager():
+    q, k, v = draw(dtype=torch.bfloat16, length=300, dim=64, value_dim=64)
+    keep = keep_of(length=300)
+
+    def function(q, k, v, keep):
+        return on_cpu(q, repeat(k), repeat(v), additive(keep, q.dtype))[0]
+
+    expected = exact(q, k, v, keep)
+    eager = relative_error(function(q, k, v, keep), expected)
+    check(function, (q, k, v, keep), expected, 2 * eager)
