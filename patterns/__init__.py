@@ -7,7 +7,7 @@ if __name__ == "patterns":
 
 from inductor_moe.patterns import merged, quant
 from inductor_moe.patterns.delta_rule import decode, heads, unrolled
-from inductor_moe.patterns.moe import called, dense, experts, gathered, router
+from inductor_moe.patterns.moe import called, dense, experts, gathered, router, shared
 from inductor_moe.patterns.rewrite import Refusal, Rewrite
 
 ALL: tuple[Rewrite, ...] = (
@@ -20,6 +20,7 @@ ALL: tuple[Rewrite, ...] = (
     unrolled.UNROLLED,
     decode.DECODE,
     heads.CALLED,
+    shared.SHARED,
     quant.LINEAR,
     merged.MERGED,
 )
