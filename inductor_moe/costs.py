@@ -31,6 +31,8 @@ KERNELS = {
     "moe_up": f"few tokens: moe_up_decode_kernel; more: {SORT}, moe_grouped_gemm_kernel",
     "moe_down_combine": f"few tokens: moe_down_decode_kernel; more: {SORT}, "
     "moe_grouped_gemm_kernel, moe_combine_kernel",
+    "moe_experts_shared": f"{FEW} (packed weights: quantized_up_decode_kernel, "
+    "quantized_down_decode_kernel)",
     "moe_route": "moe_route_kernel",
     "delta_rule": "few tokens: delta_recurrent_kernel; more: delta_chunk_intra_kernel, "
     "delta_chunk_scan_kernel (a decay per channel: delta_channel_intra_kernel, "
@@ -47,8 +49,8 @@ KERNELS = {
     "moe_down_combine_quantized": f"few tokens: quantized_down_decode_kernel; more: {SORT}, "
     "moe_quantized_gemm_kernel, moe_combine_kernel",
 }
-# Tensors of an op on pairs that have a row for each token; the others have one for each expert.
-ROWS = {"x", "h", "ids", "weights", "input_weights"}
+# Tensors of an op on pairs that are read whatever the choice; the others have a row an expert.
+WHOLE = {"x", "h", "ids", "weights", "input_weights", "logits", "shared"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +200,7 @@ def _bytes(node: fx.Node) -> int | None:
         if not isinstance(value, torch.Tensor):
             continue
         share = 2.0 if name in written else 1.0
-        if pairs and name not in ROWS:
+        if pairs and name.split(".")[0] not in WHOLE:
             share = min(1.0, pairs / _shape(value)[0])
         total += share * _size(value)
     return round(total)
@@ -214,6 +216,14 @@ def _packed_experts_flops(shapes: Shapes) -> int:
     hidden, inner = shapes["x"][1], shapes["inner"][0]
     weights = shapes["up_packed"][1] * hidden + hidden * inner
     return 2 * math.prod(shapes["ids"]) * weights
+
+
+def _shared_experts_flops(shapes: Shapes) -> int:
+    """Rows of weights are the same packed or not."""
+    hidden, halves = shapes["x"][1], 2 if "shared.0" in shapes else 1
+    rows, own = shapes["routed.0"][1], shapes["shared.3"][0]
+    pair = rows * hidden + hidden * (rows // halves)
+    return 2 * (math.prod(shapes["ids"]) * pair + shapes["x"][0] * (halves + 1) * own * hidden)
 
 
 def _packed_half_flops(shapes: Shapes) -> int:
@@ -242,6 +252,7 @@ _FLOPS: dict[str, Callable[[Shapes], int]] = {
     "moe_experts": _experts_flops,
     "moe_up": _experts_flops,
     "moe_down_combine": _experts_flops,
+    "moe_experts_shared": _shared_experts_flops,
     "delta_rule": _delta_flops,
     "delta_decode": lambda shapes: 6 * math.prod(shapes["recurrent_state"]),
     "attention_decode": _attention_flops,

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from inductor_moe import compat
 from inductor_moe.lowerings.trace import lower
-from inductor_moe.ops import moe, moe_cpu, moe_route
+from inductor_moe.ops import moe, moe_cpu, moe_route, shared
 
 
 def register() -> None:
-    """Register the lowerings of moe_experts, moe_up, moe_down_combine and moe_route."""
+    """Register the lowerings of the expert ops on unpacked weights and of moe_route."""
     lower(moe.moe_experts, _lowering("moe_experts_cuda", moe_cpu.moe_experts_cpu, 3))
     lower(moe.moe_up, _lowering("moe_up_cuda", moe_cpu.moe_up_cpu, 2))
     lower(
         moe.moe_down_combine, _lowering("moe_down_combine_cuda", moe_cpu.moe_down_combine_cpu, 2)
     )
     lower(moe_route.moe_route, moe_route_lowering)
+    lower(shared.moe_experts_shared, moe_experts_shared_lowering)
 
 
 def moe_route_lowering(logits: Any, *args: Any) -> Any:
@@ -25,6 +28,21 @@ def moe_route_lowering(logits: Any, *args: Any) -> Any:
     if not compat.runs_triton_kernels(logits.device):
         return moe_route.moe_route_cpu(logits, *args)
     return moe_route.moe_route_cuda(logits, *args, wrap=compat.wrap_triton)
+
+
+def moe_experts_shared_lowering(x: Any, ids: Any, *args: Any) -> Any:
+    """The Triton implementation where the device and dtype run our kernels, else the aten one."""
+    packed = args[2][1] is not None
+    if not compat.runs_triton_kernels(x.device) or (
+        packed and x.dtype not in (torch.bfloat16, torch.float16)
+    ):
+        return shared.moe_experts_shared_plain(x, ids, *args)
+    from inductor_moe.ops import shared_cuda
+
+    tokens = compat.size_hint(ids.shape[0])
+    return shared_cuda.moe_experts_shared_cuda(
+        x, ids, *args, tokens_hint=tokens, wrap=compat.wrap_triton
+    )
 
 
 def _lowering(launcher: str, aten: Callable[..., Any], ids: int) -> Callable[..., Any]:

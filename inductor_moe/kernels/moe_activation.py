@@ -34,6 +34,24 @@ def up_rows(block, inner, GATE: tl.constexpr, W_INNER: tl.constexpr, BLOCK_N: tl
 
 
 @triton.jit
+def shared_rows(n, inner, first, GATE: tl.constexpr):
+    """(half, row): where rows n of w_up would lie in a gate (0) and an up (1) weight apart.
+
+    first  the row of both that stands for the first of `inner`
+    """
+    if GATE == "none":
+        half = tl.zeros_like(n) + 1
+        i = n
+    elif GATE == "interleaved":
+        half = n % 2
+        i = n // 2
+    else:
+        half = n // inner
+        i = n % inner
+    return half, first + i
+
+
+@triton.jit
 def weight_offsets(n, k, stride_n, stride_k, W_INNER: tl.constexpr):
     """Offsets of rows n and columns k in one expert; W_INNER says which stride is 1, if any."""
     n_offset = n.to(tl.int64)

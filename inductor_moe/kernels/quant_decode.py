@@ -3,7 +3,8 @@
 A product with one vector would use one column of eight. Here the columns are parts of the sum:
 slices of K, or a token's experts. Row r of a tile belongs to part r // BLOCK_N and only the column
 of the same part counts; the parts are summed at the end. So a program has all its weights in
-flight at once, and the down projection sums over the experts without atomics.
+flight at once, and the down projection sums over the experts without atomics. A shared expert is
+more rows of the up projection and one more sum, over slices of K, of the down projection.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from inductor_moe.kernels.moe_activation import gated_activation_tile, up_rows
+from inductor_moe.kernels.moe_activation import gated_activation_tile, shared_rows, up_rows
 from inductor_moe.kernels.quant_dot import code_columns, packed_dot
 
 COLUMNS = tl.constexpr(8)
@@ -83,11 +84,18 @@ def quantized_up_decode_kernel(
     zeros,  # [E, N, groups], if HAS_ZEROS
     bias,  # [E, N], if HAS_BIAS
     ids,  # [T, K], if HAS_IDS, else every row takes expert 0
-    h,  # [T * K, I] contiguous, written; rows of skipped pairs are the activation of zeros
+    gate_w,  # [shared_inner, row_words] packed, the shared expert's gate, if SHARED and gated
+    gate_scales,
+    gate_zeros,
+    up_w,  # [shared_inner, row_words] packed, if SHARED
+    up_scales,
+    up_zeros,
+    h,  # [T, K * I + shared_inner] contiguous, written; of skipped pairs the activation of zeros
     x_repeat,
     experts,
     k_dim,
     inner,
+    shared_inner,
     rows_w,  # N
     row_words,
     groups,
@@ -98,6 +106,7 @@ def quantized_up_decode_kernel(
     stride_it,
     stride_ik,
     TOP_K: tl.constexpr,
+    SHARED: tl.constexpr,  # slots of the shared expert, each of `inner` rows
     HAS_IDS: tl.constexpr,
     GATE: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -115,10 +124,13 @@ def quantized_up_decode_kernel(
 ):
     pair = tl.program_id(0)
     block = tl.program_id(1)
+    token = pair // (TOP_K + SHARED)
+    slot = pair % (TOP_K + SHARED)
+    routed = slot < TOP_K
     valid = True
     expert = tl.zeros((), tl.int64)
     if HAS_IDS:
-        loaded = tl.load(ids + (pair // TOP_K) * stride_it + (pair % TOP_K) * stride_ik)
+        loaded = tl.load(ids + token * stride_it + slot * stride_ik, mask=routed, other=0)
         valid = (loaded >= 0) & (loaded < experts)
         expert = tl.where(valid, loaded, 0).to(tl.int64)
 
@@ -130,6 +142,14 @@ def quantized_up_decode_kernel(
     x_first = tl.minimum(column, PARTS - 1) * k_slice
     row = expert * rows_w + n
     group = k_first // GROUP if GROUP != 0 else 0
+    if SHARED:
+        tl.static_assert(not HAS_BIAS)
+        half, own = shared_rows(n, inner, (slot - TOP_K) * inner, GATE)
+        exists = exists & (routed | (own < shared_inner))
+        w = tl.where(routed, w, tl.where(half == 0, gate_w, up_w))
+        scales = tl.where(routed, scales, tl.where(half == 0, gate_scales, up_scales))
+        zeros = tl.where(routed, zeros, tl.where(half == 0, gate_zeros, up_zeros))
+        row = tl.where(routed, row, own.to(tl.int64))
     product = parts_dot(
         w + row * row_words + k_first // WIDTH, scales + row * groups + group,
         zeros + row * groups + group, x + (pair // x_repeat).to(tl.int64) * stride_x + x_first,
@@ -149,8 +169,11 @@ def quantized_up_decode_kernel(
     )
     OUT: tl.constexpr = BLOCK_N if GATE == "none" else BLOCK_N // 2
     i = block * OUT + tl.arange(0, OUT)
-    h_ptrs = h + pair.to(tl.int64) * inner + i
-    tl.store(h_ptrs[None, :], out.to(h.dtype.element_ty), mask=(i < inner)[None, :])
+    row_h = TOP_K * inner + shared_inner
+    place = slot * inner + i
+    h_ptrs = h + token.to(tl.int64) * row_h + place
+    stored = (i < inner) & (place < row_h)
+    tl.store(h_ptrs[None, :], out.to(h.dtype.element_ty), mask=stored[None, :])
 
 
 @triton.jit
@@ -171,13 +194,17 @@ def up_rows_of(r, block, inner, GATE: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def quantized_down_decode_kernel(
-    h,  # [T * K, I]
+    h,  # [T, K, I], then [T, shared_inner] from column K * I on, if SHARED
     w,  # [E, H, row_words] packed
     scales,  # [E, H, groups]
     zeros,  # [E, H, groups], if HAS_ZEROS
     bias,  # [E, H], if HAS_BIAS
     ids,  # [T, K]
     weights,  # [T, K], if HAS_WEIGHTS
+    down_w,  # [H, shared_words] packed, the shared expert's, if SHARED
+    down_scales,  # [H, shared_groups]
+    down_zeros,
+    logits,  # [T, 1], if HAS_LOGITS: the shared expert is scaled by their sigmoid
     y,  # [T, H] contiguous, written
     experts,
     k_dim,
@@ -185,14 +212,23 @@ def quantized_down_decode_kernel(
     row_words,
     groups,
     k_slice,
-    stride_h,
+    shared_inner,
+    shared_words,
+    shared_groups,
+    shared_slice,
+    stride_ht,
+    stride_hk,
     stride_be,
     stride_bh,
     stride_it,
     stride_ik,
     stride_st,
     stride_sk,
+    stride_lt,
     TOP_K: tl.constexpr,
+    SHARED: tl.constexpr,
+    SHARED_EVEN: tl.constexpr,
+    HAS_LOGITS: tl.constexpr,
     SLOTS: tl.constexpr,  # of a turn, a power of two
     HAS_WEIGHTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -225,10 +261,10 @@ def quantized_down_decode_kernel(
         row = tl.where(valid, expert, 0).to(tl.int64) * hidden + n
         x_slot = turn + column // SPLIT
         has_x = (tl.arange(0, COLUMNS) < PARTS) & (x_slot < TOP_K)
-        x_row = (token * TOP_K + tl.minimum(x_slot, TOP_K - 1)).to(tl.int64)
+        x_offset = token.to(tl.int64) * stride_ht + tl.minimum(x_slot, TOP_K - 1) * stride_hk
         product = parts_dot(
             w + row * row_words + k_first // WIDTH, scales + row * groups + group,
-            zeros + row * groups + group, h + x_row * stride_h + x_first,
+            zeros + row * groups + group, h + x_offset + x_first,
             k_first, x_first, (n < hidden) & valid, has_x, k_dim, k_slice, row_words,
             BITS, GROUP, HAS_ZEROS, EVEN, PARTS, BLOCK_N, BLOCK_K,
         )  # fmt: skip
@@ -246,5 +282,23 @@ def quantized_down_decode_kernel(
             scale = tl.load(scale_ptrs, mask=known, other=0.0).to(tl.float32)
             product *= scale[:, None]
         out += tl.sum(tl.where(known[:, None], product, 0.0), 0)
+    if SHARED:
+        # One expert: every part is a slice of its inputs.
+        k_first = (r // BLOCK_N) * shared_slice
+        x_first = column * shared_slice
+        group = k_first // GROUP if GROUP != 0 else 0
+        row = n.to(tl.int64)
+        product = parts_dot(
+            down_w + row * shared_words + k_first // WIDTH,
+            down_scales + row * shared_groups + group, down_zeros + row * shared_groups + group,
+            h + token.to(tl.int64) * stride_ht + TOP_K * stride_hk + x_first,
+            k_first, x_first, n < hidden, tl.arange(0, COLUMNS) < PARTS, shared_inner,
+            shared_slice, shared_words,
+            BITS, GROUP, HAS_ZEROS, SHARED_EVEN, PARTS, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        shared = tl.sum(product, 0)
+        if HAS_LOGITS:
+            shared *= tl.sigmoid(tl.load(logits + token * stride_lt).to(tl.float32))
+        out += shared
     y_ptrs = y + token.to(tl.int64) * hidden + n_own
     tl.store(y_ptrs, out.to(y.dtype.element_ty), mask=n_own < hidden)

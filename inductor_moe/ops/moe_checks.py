@@ -66,6 +66,39 @@ def check_experts(
     _check_bias(op, "bias_down", bias_down, w_down)
 
 
+def check_shared(
+    x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, logits: Tensor | None
+) -> None:
+    """Raise if these are no shared expert of `moe_experts_shared` for x [T, H]."""
+    op, hidden = "moe_experts_shared", x.shape[1]
+    inner = up.shape[0]
+    shapes = {"v_gate": (inner, hidden), "v_up": (inner, hidden), "v_down": (hidden, inner)}
+    for (name, shape), weight in zip(shapes.items(), (gate, up, down), strict=True):
+        if weight is None:
+            continue
+        if weight.dtype != x.dtype:
+            raise TypeError(
+                f"{op}: {name} has dtype {_dtype(weight.dtype)}; it must have the activations' "
+                f"dtype {_dtype(x.dtype)} (got {_shape(weight)})."
+            )
+        if tuple(weight.shape) != shape or inner == 0:
+            raise ValueError(
+                f"{op}: {name} has shape {_shape(weight)}; it must be {list(shape)}: v_gate and "
+                f"v_up [S, H], v_down [H, S] with S at least 1 and H = {hidden}."
+            )
+        _check_device(op, name, weight, x.device)
+    if logits is None:
+        return
+    if not logits.dtype.is_floating_point:
+        raise TypeError(f"{op}: logits has dtype {_dtype(logits.dtype)}; it must be a float.")
+    if logits.dim() != 2 or logits.shape[0] != x.shape[0] or logits.shape[1] != 1:
+        raise ValueError(
+            f"{op}: logits has shape {_shape(logits)}; it must be [T, 1], a number for each row "
+            f"of x {_shape(x)}."
+        )
+    _check_device(op, "logits", logits, x.device)
+
+
 def check_up(
     x: Tensor, w_up: Tensor, ids: Tensor, bias_up: Tensor | None, input_weights: Tensor | None
 ) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from inductor_moe.kernels.moe_sort import (
 from inductor_moe.tiles import DecodeTile, Experts, GemmTile, Plan, choose_plan, gpu_of
 
 Wrap = Callable[[Any], Any]
+Weight = TypeVar("Weight")
 # Ranking compares every pair with every other: fastest while that is one short launch.
 RANKED_PAIRS = 4096
 
@@ -55,6 +56,23 @@ class Activation:
 
 
 IDENTITY = Activation()
+
+
+@dataclass(frozen=True)
+class SharedExpert(Generic[Weight]):
+    """An expert for every token; inner 0 stands for none.
+
+    gate    [inner, H], contiguous in H; `up` again if not gated
+    up      [inner, H]
+    down    [H, inner], contiguous in inner
+    logits  [T, 1], whose sigmoid scales the output, or None
+    """
+
+    gate: Weight
+    up: Weight
+    down: Weight
+    logits: Tensor | None
+    inner: int
 
 
 def moe_experts_cuda(
@@ -215,15 +233,22 @@ def _up_decode(
     epilogue: Activation,
     tile: DecodeTile | GemmTile,
     wrap: Wrap,
+    shared: SharedExpert[Tensor] | None = None,
 ) -> None:
     assert isinstance(tile, DecodeTile)
+    tokens, top_k = ids.shape
+    gated = epilogue.gate != "none"
+    inner = w_up.shape[1] // (2 if gated else 1)
+    columns = tile.block_n // 2 if gated else tile.block_n
     bias, stride_be, stride_bn = _bias_args(bias_up, w_up)
-    columns = tile.block_n if epilogue.gate == "none" else tile.block_n // 2
-    wrap(moe_up_decode_kernel)[(h.shape[0], _cdiv(h.shape[1], columns))](
-        rows, w_up, bias, ids, h,
-        repeat, w_up.shape[0], w_up.shape[2], h.shape[1],
+    own = shared or SharedExpert(w_up, w_up, w_up, None, 0)
+    slots = _cdiv(own.inner, inner)
+    wrap(moe_up_decode_kernel)[(tokens * (top_k + slots), _cdiv(inner, columns))](
+        rows, w_up, bias, ids, own.gate, own.up, h,
+        repeat, w_up.shape[0], w_up.shape[2], inner, own.inner,
         rows.stride(0), *w_up.stride(), stride_be, stride_bn, *ids.stride(),
-        TOP_K=ids.shape[1], **epilogue.constants(),
+        own.gate.stride(0), own.up.stride(0),
+        TOP_K=top_k, SHARED=slots, **epilogue.constants(),
         HAS_BIAS=bias_up is not None, W_INNER=_inner_dim(w_up),
         BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, UNROLL=tile.unroll,
         num_warps=tile.warps, num_stages=1,
@@ -239,6 +264,7 @@ def _down_decode(
     out_dtype: torch.dtype,
     tile: DecodeTile | GemmTile,
     wrap: Wrap,
+    shared: SharedExpert[Tensor] | None = None,
 ) -> Tensor:
     assert isinstance(tile, DecodeTile)
     tokens, top_k = ids.shape
@@ -248,11 +274,16 @@ def _down_decode(
     y = torch.empty((tokens * split, hidden), dtype=dtype, device=h.device)
     bias, stride_be, stride_bh = _bias_args(bias_down, w_down)
     scale, stride_st, stride_sk = _bias_args(weights, w_down)
+    own = shared or SharedExpert(w_down, w_down, w_down, None, 0)
+    logits, stride_lt, _ = _bias_args(own.logits, w_down)
+    # h is [T * K, I], or [T, K * I + the shared inner].
+    pair = (top_k * h.stride(0), h.stride(0)) if shared is None else (h.stride(0), w_down.shape[2])
     wrap(moe_down_decode_kernel)[(tokens * split, _cdiv(hidden, tile.block_n))](
-        h, w_down, bias, ids, scale, y,
-        w_down.shape[0], hidden, w_down.shape[2],
-        h.stride(0), *w_down.stride(), stride_be, stride_bh, *ids.stride(), stride_st, stride_sk,
-        TOP_K=top_k, SPLIT=split,
+        h, w_down, bias, ids, scale, own.down, logits, y,
+        w_down.shape[0], hidden, w_down.shape[2], own.inner,
+        *pair, *w_down.stride(), stride_be, stride_bh, *ids.stride(), stride_st, stride_sk,
+        own.down.stride(0), stride_lt,
+        TOP_K=top_k, SHARED=own.inner > 0, HAS_LOGITS=own.logits is not None, SPLIT=split,
         HAS_WEIGHTS=weights is not None, HAS_BIAS=bias_down is not None,
         W_INNER=_inner_dim(w_down), BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, UNROLL=tile.unroll,
         num_warps=tile.warps, num_stages=1,

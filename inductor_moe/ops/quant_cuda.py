@@ -20,6 +20,7 @@ from inductor_moe.kernels.quant_gemm import moe_quantized_gemm_kernel, quantized
 from inductor_moe.ops.moe_cuda import (
     IDENTITY,
     Activation,
+    SharedExpert,
     Wrap,
     _as_is,
     _bias_args,
@@ -276,21 +277,27 @@ def _up_decode(
     epilogue: Activation,
     tile: Tile,
     wrap: Wrap,
+    shared: SharedExpert[_Weight] | None = None,
 ) -> None:
     assert isinstance(tile, PartsTile)
     step = weight.step(tile)
     k_slice = weight.slice_of(step, tile.parts)
-    columns = tile.block_n if epilogue.gate == "none" else tile.block_n // 2
+    gated = epilogue.gate != "none"
+    columns = tile.block_n // 2 if gated else tile.block_n
     bias_arg, stride_be, stride_bn = _bias_args(bias, weight.packed)
     id_arg, id_strides = (weight.packed, (0, 0)) if ids is None else (ids, ids.stride())
-    inner = out.shape[1]
-    wrap(quantized_up_decode_kernel)[(out.shape[0], _cdiv(inner, columns))](
-        rows, *weight.tensors(), bias_arg, id_arg, out,
-        repeat, weight.experts, weight.in_features, inner, weight.rows, *weight.sizes(), k_slice,
-        rows.stride(0), stride_be, stride_bn, *id_strides,
-        TOP_K=1 if ids is None else ids.shape[1], HAS_IDS=ids is not None,
+    tokens, top_k = (rows.shape[0], 1) if ids is None else ids.shape
+    inner = weight.rows // (2 if gated else 1)
+    own = shared or SharedExpert(weight, weight, weight, None, 0)
+    slots = _cdiv(own.inner, inner)
+    wrap(quantized_up_decode_kernel)[(tokens * (top_k + slots), _cdiv(inner, columns))](
+        rows, *weight.tensors(), bias_arg, id_arg, *own.gate.tensors(), *own.up.tensors(), out,
+        repeat, weight.experts, weight.in_features, inner, own.inner, weight.rows,
+        *weight.sizes(), k_slice, rows.stride(0), stride_be, stride_bn, *id_strides,
+        TOP_K=top_k, SHARED=slots, HAS_IDS=ids is not None,
         **epilogue.constants(), HAS_BIAS=bias is not None, **weight.constants(),
-        EVEN=inner % columns == 0 and k_slice * tile.parts == weight.in_features,
+        EVEN=inner % columns == 0 and own.inner % inner == 0
+        and k_slice * tile.parts == weight.in_features,
         PARTS=tile.parts, BLOCK_N=tile.block_n, BLOCK_K=step,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -305,6 +312,7 @@ def _down_decode(
     out_dtype: torch.dtype,
     tile: Tile,
     wrap: Wrap,
+    shared: SharedExpert[_Weight] | None = None,
 ) -> Tensor:
     assert isinstance(tile, PartsTile)
     tokens, top_k = ids.shape
@@ -316,11 +324,20 @@ def _down_decode(
     y = torch.empty((tokens, hidden), dtype=out_dtype, device=h.device)
     bias_arg, stride_be, stride_bh = _bias_args(bias, weight.packed)
     scale, stride_st, stride_sk = _bias_args(weights, weight.packed)
+    own = shared or SharedExpert(weight, weight, weight, None, 0)
+    own_slice = own.down.slice_of(step, tile.parts)
+    logits, stride_lt, _ = _bias_args(own.logits, weight.packed)
+    # h is [T * K, I], or [T, K * I + the shared inner].
+    pair = (
+        (top_k * h.stride(0), h.stride(0)) if shared is None else (h.stride(0), weight.in_features)
+    )
     wrap(quantized_down_decode_kernel)[(tokens, _cdiv(hidden, tile.block_n))](
-        h, *weight.tensors(), bias_arg, ids, scale, y,
+        h, *weight.tensors(), bias_arg, ids, scale, *own.down.tensors(), logits, y,
         weight.experts, weight.in_features, hidden, *weight.sizes(), k_slice,
-        h.stride(0), stride_be, stride_bh, *ids.stride(), stride_st, stride_sk,
-        TOP_K=top_k, SLOTS=slots,
+        own.inner, *own.down.sizes(), own_slice, *pair,
+        stride_be, stride_bh, *ids.stride(), stride_st, stride_sk, stride_lt,
+        TOP_K=top_k, SHARED=own.inner > 0, HAS_LOGITS=own.logits is not None, SLOTS=slots,
+        SHARED_EVEN=hidden % tile.block_n == 0 and own_slice * tile.parts == own.inner,
         HAS_WEIGHTS=weights is not None, HAS_BIAS=bias is not None, **weight.constants(),
         EVEN=hidden % tile.block_n == 0 and k_slice * splits == weight.in_features,
         PARTS=tile.parts, BLOCK_N=tile.block_n, BLOCK_K=step,

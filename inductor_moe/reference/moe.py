@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -126,6 +129,34 @@ def moe_experts_reference(
     up = moe_up_reference(x, w_up, ids, bias_up, on_input)
     h = gated_activation(up, activation, gate, alpha, up_offset, limit)
     return moe_down_combine_reference(h, w_down, ids, on_output, bias_down, out_dtype or x.dtype)
+
+
+def shared_expert_reference(
+    x: Tensor,
+    gate: Any,
+    up: Any,
+    down: Any,
+    logits: Tensor | None = None,
+    activation: str = "silu",
+    alpha: float = 1.0,
+    up_offset: float = 0.0,
+    limit: float | None = None,
+    linear: Callable[[Tensor, Any], Tensor] = F.linear,
+) -> Tensor:
+    """The expert that every token passes through, times the sigmoid of its logit if it has one.
+
+    x [T, H], gate [S, H] or None, up [S, H], down [H, S], logits [T, 1]; `linear` multiplies rows
+    by one of the weights
+    returns [T, H] in fp32 (fp64 for fp64); h [T, S] is rounded to x.dtype
+    """
+    rows = linear(x, up)
+    if gate is not None:
+        rows = torch.cat([linear(x, gate), rows], -1)
+    layout = "none" if gate is None else "chunked"
+    h = gated_activation(rows, activation, layout, alpha, up_offset, limit)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = linear(h, down).to(wide)
+    return y if logits is None else y * torch.sigmoid(logits.to(wide))
 
 
 def _pairs_by_expert(flat: Tensor, experts: int) -> list[tuple[int, Tensor]]:

@@ -342,6 +342,15 @@ def _identify(value: torch.Tensor, reading: _Reading) -> Activation | None:
     return None
 
 
+def equal_on_probes(value: torch.Tensor, activation: Activation) -> bool:
+    """Whether `value` is what a (gated) activation is on the probes; its layout has no part."""
+    gate, up = probes()
+    if value.shape != gate.shape or value.dtype != torch.float64:
+        return False
+    with real_tensors():
+        return _equal(value, _compute(activation, gate, up), gate, up)
+
+
 def _compute(candidate: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     if candidate.limit is not None:
         gate = gate.clamp(max=candidate.limit)

@@ -1,0 +1,78 @@
+"""The decode kernels with a shared expert compile for each architecture without spills."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import pytest
+import torch
+from kernels.test_moe_offline_compile import GPUS, H100, LAYERS, Recorder, compile_all
+from kernels.test_quant_offline_compile import SCHEMES, compiled
+
+from inductor_moe.ops.shared_cuda import moe_experts_shared_cuda
+from inductor_moe.quant.fit import Scheme, empty
+from inductor_moe.quant_tiles import QuantizedExperts, choose_quantized_plan
+from inductor_moe.tiles import Experts, Gpu, choose_plan
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1" or sys.platform != "linux",
+    reason="needs Triton's compiler",
+)
+
+
+def record(layer: Experts, own: int, tokens: int, gpu: Gpu, scheme: Scheme | None) -> dict:
+    dtype = torch.float32 if layer.itemsize == 4 else torch.bfloat16
+    hidden, inner = layer.hidden, layer.inner
+
+    def weight(*shape: int) -> list[torch.Tensor | None]:
+        if scheme is None:
+            return [torch.empty(shape, dtype=dtype, device="meta"), None, None]
+        packed = empty(torch.Size(shape), dtype, torch.device("meta"), scheme)
+        return [packed.packed, packed.scales, packed.zeros]
+
+    plan: Any = choose_plan(layer, tokens, gpu)
+    if scheme is not None:
+        kind = (layer.top_k, layer.experts, hidden, inner, True, scheme.bits, scheme.group_size)
+        plan = choose_quantized_plan(QuantizedExperts(*kind), tokens, gpu)
+    assert not plan.block_m
+    launches: dict[str, Any] = {}
+    moe_experts_shared_cuda(
+        torch.empty(tokens, hidden, dtype=dtype, device="meta"),
+        torch.empty(tokens, layer.top_k, dtype=torch.int64, device="meta"),
+        torch.empty(tokens, layer.top_k, dtype=torch.float32, device="meta"),
+        torch.empty(tokens, 1, dtype=dtype, device="meta"),
+        [*weight(layer.experts, 2 * inner, hidden), *weight(layer.experts, hidden, inner)],
+        [*weight(own, hidden), *weight(own, hidden), *weight(hidden, own)],
+        0 if scheme is None else scheme.group_size,
+        plan=plan,
+        wrap=Recorder(launches),
+    )
+    assert len(launches) == 2
+    return launches
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: "sm_{}{}".format(*gpu.capability))
+def test_qwen3_5_compiles_without_spills(gpu):
+    layer = LAYERS["qwen3_5"][0]
+    compile_all(record(layer, 512, 1, gpu, None), gpu)
+    assert compiled(record(layer, 512, 1, gpu, SCHEMES["int4"]), gpu)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: "sm_{}{}".format(*gpu.capability))
+@pytest.mark.parametrize("scheme", [None, *SCHEMES])
+@pytest.mark.parametrize("layer, own", [("qwen3_5", 512), ("fp32", 1024), ("deepseek_v3", 2048)])
+def test_every_layer_compiles_without_spills(layer, own, scheme, gpu):
+    if layer == "fp32" and scheme is not None:
+        pytest.skip("packed weights have 16-bit inputs")
+    for tokens in (1, 8):
+        launches = record(LAYERS[layer][0], own, tokens, gpu, scheme and SCHEMES[scheme])
+        compile_all(launches, gpu)
+
+
+def test_a_shared_expert_adds_no_launch():
+    launches = record(LAYERS["qwen3_5"][0], 512, 1, H100, SCHEMES["int4"])
+    names = [source.fn.fn.__name__ for source, _ in launches.values()]
+    assert names == ["quantized_up_decode_kernel", "quantized_down_decode_kernel"]
