@@ -5,7 +5,7 @@ if __name__ == "patterns":
         "import inductor_moe.patterns, not patterns: the folder is part of the package"
     )
 
-from inductor_moe.patterns import merged, quant
+from inductor_moe.patterns import dequantised, merged, quant
 from inductor_moe.patterns.delta_rule import decode, heads, unrolled
 from inductor_moe.patterns.moe import called, dense, experts, gathered, router
 from inductor_moe.patterns.rewrite import Refusal, Rewrite
@@ -21,6 +21,7 @@ ALL: tuple[Rewrite, ...] = (
     decode.DECODE,
     heads.CALLED,
     quant.LINEAR,
+    dequantised.DEQUANTISED,
     merged.MERGED,
 )
 
