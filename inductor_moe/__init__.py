@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from inductor_moe.explanation import explain
     from inductor_moe.parallel import Parallelization, parallelize
     from inductor_moe.quant.checkpoint import load_quantized, save_quantized
+    from inductor_moe.quant.codes import unpack_codes
+    from inductor_moe.quant.ingest import Repacking, repack_, replace_weight
     from inductor_moe.quant.quantize import Quantization, quantize_, randomize_
     from inductor_moe.report import Report, Site, reports
 
@@ -32,6 +34,7 @@ _HOME = {
     "export_generation": "inductor_moe.aoti.generation",
     "load_generation": "inductor_moe.aoti.runner",
     "capture_for_export": "inductor_moe.capture.delta_rule",
+    "Repacking": "inductor_moe.quant.ingest",
     "Report": "inductor_moe.report",
     "Site": "inductor_moe.report",
     "bisect": "inductor_moe.bisection",
@@ -41,13 +44,17 @@ _HOME = {
     "parallelize": "inductor_moe.parallel",
     "quantize_": "inductor_moe.quant.quantize",
     "randomize_": "inductor_moe.quant.quantize",
+    "repack_": "inductor_moe.quant.ingest",
+    "replace_weight": "inductor_moe.quant.ingest",
     "save_quantized": "inductor_moe.quant.checkpoint",
+    "unpack_codes": "inductor_moe.quant.codes",
     "reports": "inductor_moe.report",
 }
 
 __all__ = [
     "Parallelization",
     "Quantization",
+    "Repacking",
     "Report",
     "Site",
     "__version__",
@@ -63,8 +70,11 @@ __all__ = [
     "parallelize",
     "quantize_",
     "randomize_",
+    "repack_",
+    "replace_weight",
     "reports",
     "save_quantized",
+    "unpack_codes",
 ]
 
 

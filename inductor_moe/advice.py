@@ -17,6 +17,12 @@ _ADVICE = (
         'output of TORCH_LOGS="+inductor_moe".',
     ),
     (
+        r"which the graph dequantises",
+        "The kernels read codes in a layout of their own, made once when the model is loaded: "
+        "inductor_moe.repack_(model) for weights of torchao, inductor_moe.replace_weight(module, "
+        "name, codes, scales, zeros) for any others. See docs/how-to/quantised.md.",
+    ),
+    (
         r"used by output|inside the expert block|used outside|has another user|read elsewhere"
         r"|used in several ways",
         "A value inside the layer is also needed outside, and the fused op does not produce it. "

@@ -5,7 +5,7 @@ if __name__ == "patterns":
         "import inductor_moe.patterns, not patterns: the folder is part of the package"
     )
 
-from inductor_moe.patterns import merged, quant
+from inductor_moe.patterns import dequantised, merged, quant
 from inductor_moe.patterns.attention import decode as attention_decode
 from inductor_moe.patterns.delta_rule import decode, heads, unrolled
 from inductor_moe.patterns.moe import called, dense, experts, gathered, router, shared
@@ -23,6 +23,7 @@ ALL: tuple[Rewrite, ...] = (
     heads.CALLED,
     shared.SHARED,
     quant.LINEAR,
+    dequantised.DEQUANTISED,
     merged.MERGED,
     attention_decode.DECODE,
 )

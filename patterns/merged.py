@@ -107,7 +107,8 @@ def _alike(members: list[Member]) -> list[Member]:
 
 
 def _scheme(weight: PackedWeight) -> tuple[Any, ...]:
-    return weight.bits, weight.group_size, weight.zeros is not None
+    zeros = None if weight.zeros is None else dtype(weight.zeros)
+    return weight.bits, weight.group_size, zeros
 
 
 def anchors(graph: fx.Graph) -> Iterator[fx.Node]:

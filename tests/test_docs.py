@@ -1,7 +1,8 @@
 """Every code block of the documentation runs, and what it shows of measurements is their JSON.
 
 A page's blocks run in order and share their names; a block with a title is a file. Blocks that
-need a GPU or a clone say so and only have to parse; those that need time run with the slow tests.
+need a GPU or a clone say so and only have to parse; those that need time run with the slow tests,
+and those that need torchao where it is installed.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ ALL = [(page, *block) for page, text in PAGES.items() for block in blocks(text)]
 
 
 def test_what_a_block_needs_is_known():
-    assert {needs for _, _, _, needs, _ in ALL} <= {"", "gpu", "clone", "time"}
+    assert {needs for _, _, _, needs, _ in ALL} <= {"", "gpu", "clone", "time", "torchao"}
     assert {language for _, language, _, _, _ in ALL} <= {"python", "sh"}
     skipped = sum(bool(needs) for _, _, _, needs, _ in ALL)
     assert skipped < len(ALL) / 2
@@ -92,12 +93,24 @@ def test_commands_exist_with_their_options():
             assert {w for w in words if w.startswith("--")} <= known, f"{page}: {line}"
 
 
-@pytest.mark.parametrize("needs", ["", pytest.param("time", marks=pytest.mark.slow)])
+TORCHAO = pytest.mark.skipif(
+    importlib.util.find_spec("torchao") is None, reason="torchao is not installed"
+)
+
+
+@pytest.mark.parametrize(
+    "needs",
+    [
+        "",
+        pytest.param("time", marks=pytest.mark.slow),
+        pytest.param("torchao", marks=TORCHAO),
+    ],
+)
 def test_blocks_run(needs, tmp_path):
     readme = (ROOT / "README.md").read_text()
     runnable = {}
     for page, language, title, what, body in ALL:
-        here = what == needs or (title and not what)  # files are written in both runs
+        here = what == needs or (title and not what)  # files are written in every run
         if here and body not in readme:  # what is in both runs with the README
             runnable.setdefault(page, []).append((language, title, body))
     (tmp_path / "blocks.json").write_text(json.dumps(runnable))

@@ -179,6 +179,8 @@ void run(const Arguments& arguments) {
   const c10::InferenceMode inference;
   Package package(arguments.package);
   const at::Tensor prompt = read_prompt(arguments.prompt_ids, package);
+  if (arguments.sampling.temperature > 0 && package.sampling == "greedy")
+    throw Failure("--temperature: the package was exported with sampling='greedy' and takes 0");
   const int64_t needed = prompt.size(1) + arguments.max_new_tokens - 1;
   if (needed > package.max_seq_len)
     throw Failure("a prompt of " + std::to_string(prompt.size(1)) + " and " +

@@ -61,6 +61,7 @@ Package::Package(const std::string& path) {
     max_seq_len = metadata["max_seq_len"].integer();
     vocab_size = metadata["vocab_size"].integer();
     eos_token_ids = metadata["eos_token_ids"].integers();
+    if (metadata.members().count("sampling")) sampling = metadata["sampling"].text();
     for (const Json& state : metadata["states"].items())
       states.push_back({dtype_of(state["dtype"].text()), state["shape"].integers()});
   } catch (const Failure&) {

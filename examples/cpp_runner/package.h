@@ -31,6 +31,7 @@ class Package {
   at::Device device = at::kCPU;
   int64_t batch_size = 0, max_seq_len = 0, vocab_size = 0;
   std::vector<int64_t> eos_token_ids;
+  std::string sampling = "top_p";  // or "greedy": temperature, top_p and uniforms are not read
   std::vector<State> states;
 
  private:

@@ -56,6 +56,7 @@ class Metadata:
     methods       name -> constant name -> Constant
     states        in the order of the methods' inputs, after tokens, temperature, top_p, uniforms
     weight_bytes  the size of every weight record
+    sampling      "top_p", or "greedy": the methods do not read temperature, top_p and uniforms
     """
 
     format: int
@@ -70,6 +71,7 @@ class Metadata:
     states: tuple[StateSpec, ...]
     methods: dict[str, dict[str, Constant]]
     weight_bytes: tuple[int, ...]
+    sampling: str = "top_p"  # what packages without the field do
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)

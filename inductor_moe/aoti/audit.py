@@ -61,7 +61,7 @@ class Contents:
             lines.append(
                 f"  generation, format {m.format}: {m.model_type}, batch {m.batch_size}, up to "
                 f"{m.max_seq_len} tokens; {len(m.states)} states, {len(m.weight_bytes)} weights "
-                f"of {sum(m.weight_bytes):,} bytes, stored once"
+                f"of {sum(m.weight_bytes):,} bytes, stored once; sampling {m.sampling}"
             )
         for method in self.methods:
             size = sum(method.constants.values())

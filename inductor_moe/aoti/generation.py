@@ -13,6 +13,7 @@ from inductor_moe import compat
 from inductor_moe import report as reporting
 from inductor_moe.aoti import archive, audit
 from inductor_moe.aoti.packaging import fused_configs
+from inductor_moe.aoti.sampling import SAMPLING
 from inductor_moe.aoti.steps import State, Step, read_states
 from inductor_moe.backend import check_strict
 from inductor_moe.capture.delta_rule import capture_for_export
@@ -27,6 +28,7 @@ def export_generation(
     max_seq_len: int,
     batch_size: int = 1,
     *,
+    sampling: str = "top_p",
     options: Mapping[str, Any] | None = None,
 ) -> str:
     """Compile a transformers causal LM into one .pt2 that generates without Python.
@@ -37,6 +39,8 @@ def export_generation(
     package_path  the file to write; the path is returned
     max_seq_len   tokens of a session, prompt and generated together, at least 4
     batch_size    rows of a session; they go through prefill and decode together
+    sampling      "top_p": each call chooses temperature and top_p; "greedy": always the most
+                  likely token, without sorting the vocabulary in each step
     options       ours (``inductor_moe.*``) and Inductor's, as for torch.compile
 
     The methods are ``prefill`` (tokens [B, T], 2 <= T <= max_seq_len) and ``decode`` (T = 1);
@@ -50,7 +54,7 @@ def export_generation(
     Python, StrictError under ``strict``. The reports of both methods are appended to
     inductor_moe.reports(), prefill first.
     """
-    _check(model, max_seq_len, batch_size)
+    _check(model, max_seq_len, batch_size, sampling)
     if (options or {}).get("aot_inductor.cross_target_platform"):
         raise ExportError(
             "export_generation: aot_inductor.cross_target_platform is set; packages are made on "
@@ -62,7 +66,8 @@ def export_generation(
     with torch.no_grad(), _exportable_experts(model):
         states = read_states(model, batch_size, max_seq_len)
         for method in ("prefill", "decode"):
-            exported = _export(model, states, method, max_seq_len, batch_size)
+            step = Step(model, states, feed=method == "decode", sample=sampling == "top_p")
+            exported = _export(step, states, method, max_seq_len, batch_size)
             patches, fusion, ours = fused_configs(options)
             files[method], constants = compat.aoti_compile(exported, patches)
             report = reporting.merge(fusion.reports)
@@ -91,12 +96,13 @@ def export_generation(
             ),
             methods=methods,
             weight_bytes=tuple(storage.nbytes() for storage in table.storages),
+            sampling=sampling,
         ),
     )
     return os.fspath(package_path)
 
 
-def _check(model: Any, max_seq_len: int, batch_size: int) -> None:
+def _check(model: Any, max_seq_len: int, batch_size: int, sampling: str) -> None:
     if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
         raise ExportError(
             f"export_generation: model is a {type(model).__name__}; it must be a causal LM of "
@@ -109,6 +115,10 @@ def _check(model: Any, max_seq_len: int, batch_size: int) -> None:
             raise ExportError(
                 f"export_generation: {name} is {value!r}; it must be an integer >= {least}"
             )
+    if sampling not in SAMPLING:
+        raise ExportError(
+            f"export_generation: sampling is {sampling!r}; it must be one of {', '.join(SAMPLING)}"
+        )
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and max_seq_len > limit:
         raise ExportError(
@@ -156,10 +166,10 @@ def _exportable_experts(model: Any) -> Iterator[None]:
 
 
 def _export(
-    model: Any, states: list[State], method: str, max_seq_len: int, batch_size: int
+    step: Step, states: list[State], method: str, max_seq_len: int, batch_size: int
 ) -> torch.export.ExportedProgram:
     decoding = method == "decode"
-    device = model.device
+    device: Any = step.model.device
     tokens = 1 if decoding else min(EXAMPLE_TOKENS, max_seq_len - 1)
     arguments = (
         torch.zeros((batch_size, tokens), dtype=torch.int64, device=device),
@@ -172,7 +182,6 @@ def _export(
     if not decoding:
         dim = torch.export.Dim("tokens", min=2, max=max_seq_len)
         dynamic = ({1: dim}, None, None, None, (None,) * len(states))
-    step = Step(model, states, feed=decoding)
     with capture_for_export():
         try:
             return torch.export.export(step, arguments, dynamic_shapes=dynamic, strict=False)

@@ -167,7 +167,8 @@ class Session:
         """Append a prompt to the session and yield the tokens that follow, one step at a time.
 
         ids            [T] or [B, T] token ids, T >= 1, rows of equal length
-        temperature    0 takes the most likely token, otherwise logits are divided by it
+        temperature    0 takes the most likely token, otherwise logits are divided by it; a package
+                       with sampling "greedy" takes 0 alone
         top_p          in (0, 1]: draw from the most likely tokens that together reach it
         seed           the same seed, prompt and package give the same tokens
         eos_token_ids  end when every row has had one of them; None: the model's own; (): never
@@ -279,6 +280,11 @@ class Session:
             )
         if not temperature >= 0:
             raise GenerationError(f"temperature is {temperature}; it must be 0 or more")
+        if temperature > 0 and metadata.sampling == "greedy":
+            raise GenerationError(
+                f"temperature is {temperature}; the package was exported with sampling='greedy' "
+                "and takes 0: export the model with sampling='top_p' to draw tokens"
+            )
         if not 0 < top_p <= 1:
             raise GenerationError(f"top_p is {top_p}; it must be in (0, 1]")
         return prompt.to(torch.int64)

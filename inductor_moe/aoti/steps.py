@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inductor_moe.aoti.sampling import next_token
+from inductor_moe.aoti.sampling import argmax_last, next_token
 from inductor_moe.errors import ExportError
 
 
@@ -82,14 +82,17 @@ class Step(torch.nn.Module):
     Called with tokens [B, T] int64, temperature [B], top_p [B], uniforms [B, max_seq_len + 1]
     (fp32; the token at position p is drawn with uniforms[:, p]), and the states. Returns the next
     token [B] int64. With `feed` it also overwrites tokens [B, 1] with it, so that a replay of the
-    step alone goes on to the next token.
+    step alone goes on to the next token. Without `sample` it is the most likely token, and
+    temperature, top_p and uniforms are not read.
     """
 
-    def __init__(self, model: torch.nn.Module, states: Sequence[State], feed: bool) -> None:
+    def __init__(
+        self, model: torch.nn.Module, states: Sequence[State], feed: bool, sample: bool = True
+    ) -> None:
         super().__init__()
         self.model = model
         self.names = [state.name for state in states]
-        self.feed = feed
+        self.feed, self.sample = feed, sample
 
     def forward(
         self,
@@ -106,8 +109,11 @@ class Step(torch.nn.Module):
             input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
         ).logits[:, -1]
         end = position + tokens.shape[1]
-        uniform = uniforms.index_select(1, end.reshape(1)).squeeze(1)
-        token = next_token(logits, temperature, top_p, uniform)
+        if self.sample:
+            uniform = uniforms.index_select(1, end.reshape(1)).squeeze(1)
+            token = next_token(logits, temperature, top_p, uniform)
+        else:
+            token = argmax_last(logits)
         position.copy_(end)
         if self.feed:
             tokens.copy_(token[:, None])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from inductor_moe import compat
+from inductor_moe.aoti.sampling import argmax_last
 
 BACKENDS = {"ours": "inductor_moe", "inductor": "inductor"}
 # What transformers' generate() chooses for each, and both backends are given.
@@ -50,7 +51,7 @@ class Session:
         logits = self.model(
             input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1
         ).logits[:, -1]
-        return logits.argmax(-1, keepdim=True), logits
+        return argmax_last(logits)[:, None], logits
 
     def save(self) -> Callable[[], None]:
         """Keep the states; what is returned puts them back."""

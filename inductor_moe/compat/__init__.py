@@ -48,6 +48,7 @@ from inductor_moe.compat.passes import (
     real_tensors,
     run_post_grad_passes,
 )
+from inductor_moe.compat.quant import int4_cpu_codes
 
 __all__ = [
     "GraphPass",
@@ -67,6 +68,7 @@ __all__ = [
     "graph_pass_base",
     "graph_passes",
     "inductor_config",
+    "int4_cpu_codes",
     "is_python_op",
     "is_symbolic",
     "keep_matmuls",

@@ -94,6 +94,8 @@ def check_merged(
         )
     if len({weight.dtype for weight in packed}) > 1:
         raise TypeError(f"{op}: packed weights of different bits cannot be merged.")
+    if len({value.dtype for value in zeros}) > 1:
+        raise TypeError(f"{op}: packed weights with zeros of different dtypes cannot be merged.")
     for i, (weight, scale) in enumerate(zip(packed, scales, strict=True)):
         check_linear(x, weight, scale, zeros[i] if zeros else None, None, group_size)
     for weight in dense:

@@ -45,7 +45,7 @@ def dequantize(
 
     packed       [..., N, ceil(K / 64) * 16] int16 for 4 bits, [..., N, K] int8 for 8; contiguous
     scales       [..., N, G]  any float; G = ceil(K / group_size), or 1 if group_size is 0
-    zeros        [..., N, G]  in scales.dtype; None is 8 for 4 bits and 0 for 8
+    zeros        [..., N, G]  scales.dtype or fp32; None is 8 for 4 bits and 0 for 8
     group_size   inputs that share a scale: 0, or a multiple of 16 that divides or is divided by 64
     in_features  K
     returns      [..., N, K]  in scales.dtype, computed in fp32 (fp64 for fp64)

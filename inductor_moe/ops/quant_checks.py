@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from inductor_moe.reference.quant import BITS, group_count, packed_width
@@ -38,10 +39,14 @@ def check_packed(
     for name, value in (("scales", scales), ("zeros", zeros)):
         if value is None:
             continue
-        if not value.dtype.is_floating_point or value.dtype != scales.dtype:
+        if not value.dtype.is_floating_point or value.dtype not in (scales.dtype, torch.float32):
             raise TypeError(
-                f"{op}: {prefix}{name} has dtype {_dtype(value)}; it must be a float"
-                + ("." if value is scales else f" like {prefix}scales, {_dtype(scales)}.")
+                f"{op}: {prefix}{name} has dtype {_dtype(value)}; it must be "
+                + (
+                    "a float."
+                    if value is scales
+                    else f"{_dtype(scales)}, that of {prefix}scales, or float32."
+                )
             )
         if tuple(value.shape) != expected:
             raise ValueError(

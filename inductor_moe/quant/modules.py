@@ -51,8 +51,10 @@ def packed_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slot]]:
 
 
 def replace_parameter(module: nn.Module, slot: Slot, value: Packed) -> None:
-    """Put packed buffers in the place of module's parameter `slot.name`, in place."""
-    del module._parameters[slot.name]
+    """Put packed buffers in the place of module's parameter or buffer `slot.name`, in place."""
+    for held in (module._parameters, module._buffers, module.__dict__):
+        held.pop(slot.name, None)
+    module._non_persistent_buffers_set.discard(slot.name)
     for suffix in SUFFIXES:
         module.register_buffer(f"{slot.name}_{suffix}", getattr(value, suffix))
     slots = (*slots_of(module), slot)

@@ -13,6 +13,7 @@ from inductor_moe.errors import QuantizationError
 from inductor_moe.quant.fit import Packed, Scheme, empty, quantize_weight
 from inductor_moe.quant.modules import Slot, replace_parameter
 from inductor_moe.quant.progress import progress
+from inductor_moe.quant.torchao import is_torchao
 
 BITS = {"int4": 4, "int8": 8}
 METHODS = ("rtn", "hqq")
@@ -51,14 +52,20 @@ class Quantization:
             f"quantised {len(self.quantized)} weights to {self.scheme}: "
             f"{self.bytes_before / 1e9:.2f} GB -> {self.bytes_after / 1e9:.2f} GB"
         ]
-        by_reason: dict[str, list[Skipped]] = {}
-        for skip in self.skipped:
-            by_reason.setdefault(skip.reason, []).append(skip)
-        for reason, skips in by_reason.items():
-            names = ", ".join(f"{s.name} {list(s.shape)}" for s in skips[:3])
-            more = f" and {len(skips) - 3} more" if len(skips) > 3 else ""
-            lines.append(f"  left {len(skips)}: {reason}: {names}{more}")
-        return "\n".join(lines)
+        return "\n".join(lines + lines_of(self.skipped))
+
+
+def lines_of(skipped: Iterable[Skipped]) -> list[str]:
+    """A line for each reason, with the first names."""
+    by_reason: dict[str, list[Skipped]] = {}
+    for skip in skipped:
+        by_reason.setdefault(skip.reason, []).append(skip)
+    lines = []
+    for reason, skips in by_reason.items():
+        names = ", ".join(f"{s.name} {list(s.shape)}" for s in skips[:3])
+        more = f" and {len(skips) - 3} more" if len(skips) > 3 else ""
+        lines.append(f"  left {len(skips)}: {reason}: {names}{more}")
+    return lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,14 +267,14 @@ def _weights(model: nn.Module) -> Iterator[_Candidate]:
             if isinstance(module, nn.Linear) and leaf == "weight":
                 yield _Candidate(name, module, leaf, parameter, False)
             elif parameter.dim() == 3 and not _is_convolution(module):
-                yield _Candidate(name, module, leaf, parameter, _is_transposed(module))
+                yield _Candidate(name, module, leaf, parameter, is_transposed(module))
 
 
 def _is_convolution(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.conv._ConvNd)
 
 
-def _is_transposed(experts: nn.Module) -> bool:
+def is_transposed(experts: nn.Module) -> bool:
     """Whether expert weights are [E, in, out]: as the module says, or as its two shapes show."""
     said = getattr(experts, "is_transposed", None)
     if isinstance(said, bool):
@@ -295,6 +302,8 @@ def _names(pattern: str, name: str) -> bool:
 
 def _unfit(found: _Candidate, others: list[str]) -> str | None:
     """Why a weight is not packed, or None."""
+    if is_torchao(found.parameter):
+        return f"a {type(found.parameter).__name__} of torchao; repack_ converts it"
     if others:
         return f"tied to {others[0]}, which is no linear layer's alone"
     if min(found.shape[-2:]) < FEWEST:

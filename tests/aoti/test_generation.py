@@ -15,7 +15,7 @@ import zoo
 import inductor_moe
 from inductor_moe.aoti import archive, audit
 from inductor_moe.aoti.random import uniforms
-from inductor_moe.aoti.sampling import next_token
+from inductor_moe.aoti.sampling import argmax_last, next_token
 from inductor_moe.errors import ExportError, GenerationError, PackageError
 
 FAMILIES = [
@@ -235,17 +235,20 @@ def test_bad_arguments_of_the_runner_are_named(made, runner, options, message):
 @pytest.mark.parametrize(
     "change, arguments, message",
     [
-        (lambda model: model.train(), (288,), "model.eval"),
-        (lambda model: model, (1024,), "max_position_embeddings is 512"),
-        (lambda model: model, (2,), "max_seq_len is 2"),
-        (lambda model: model, (288, 0), "batch_size is 0"),
-        (lambda model: torch.nn.Linear(2, 2).eval(), (288,), "causal LM"),
+        (lambda model: model.train(), {}, "model.eval"),
+        (lambda model: model, {"max_seq_len": 1024}, "max_position_embeddings is 512"),
+        (lambda model: model, {"max_seq_len": 2}, "max_seq_len is 2"),
+        (lambda model: model, {"batch_size": 0}, "batch_size is 0"),
+        (lambda model: model, {"sampling": "top_k"}, "sampling is 'top_k'.* one of top_p, greedy"),
+        (lambda model: torch.nn.Linear(2, 2).eval(), {}, "causal LM"),
     ],
 )
 def test_what_cannot_be_exported_is_named(tmp_path, change, arguments, message):
     model = change(packages.build("qwen3_moe"))
     with pytest.raises(ExportError, match=message):
-        inductor_moe.export_generation(model, tmp_path / "m.pt2", *arguments)
+        inductor_moe.export_generation(
+            model, tmp_path / "m.pt2", **{"max_seq_len": 288, **arguments}
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -253,6 +256,93 @@ def test_metadata_survives_its_file(made):
     metadata = archive.Archive(made("qwen3_5_moe_text")[1]).metadata()
     assert archive.Metadata.from_json(metadata.to_json()) == metadata
     assert json.loads(metadata.to_json())["format"] == archive.FORMAT
+
+
+@pytest.fixture(scope="module")
+def greedy(tmp_path_factory):
+    """A package that takes the most likely token alone, and its model."""
+    model = packages.build("qwen3_moe", {"num_hidden_layers": 1})
+    path = tmp_path_factory.mktemp("greedy") / "model.pt2"
+    inductor_moe.export_generation(
+        model, path, packages.ROOM, sampling="greedy", options=packages.FAST
+    )
+    return model, path
+
+
+def test_a_greedy_package_gives_eagers_tokens_without_sorting(made, greedy, runner):
+    model, path = greedy
+    ids = zoo.prompt(model, 65, seed=1)
+    expected = packages.eager_tokens(model, ids)
+    found = inductor_moe.load_generation(path).generate(ids, packages.STEPS, eos_token_ids=())
+    assert found.tolist() == expected.tolist()
+    steps = ("--ignore-eos", "--max-new-tokens", str(packages.STEPS))
+    assert packages.run_cpp(runner, path, ids, *steps)[0] == expected.tolist()
+    for package, sampling in ((path, "greedy"), (made("qwen3_5_moe_text")[1], "top_p")):
+        contents = audit.inspect(package)
+        assert f"; sampling {sampling}" in str(contents)
+        file = archive.Archive(package)
+        code = [file.read(name) for name in file.names if name.endswith(".cpp")]
+        assert any(b"_sort" in source for source in code) == (sampling == "top_p")
+
+
+def test_a_greedy_package_does_not_draw(greedy, runner):
+    _, path = greedy
+    with pytest.raises(GenerationError, match=r"temperature is 0.7; .* sampling='greedy'"):
+        inductor_moe.load_generation(path).generate([1, 2], 4, temperature=0.7)
+    command = [str(runner), "--package", str(path), "--prompt-ids", "1,2", "--temperature", "0.7"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "--temperature" in done.stderr and "sampling='greedy'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_packages_from_before_the_choice_of_sampling_are_read(tmp_path, made, runner):
+    model, path = made("qwen3_5_moe_text")
+    content, field = path.read_bytes(), b',\n "sampling": "top_p"'
+    assert content.count(field) == 1
+    older = tmp_path / "older.pt2"
+    content = content.replace(field, b" " * len(field))
+    older.write_bytes(with_checksum(content, archive.METADATA.encode()))
+    ids = zoo.prompt(model, 3, seed=3)
+    draw = {"temperature": 1.0, "seed": 5, "eos_token_ids": ()}
+    expected = inductor_moe.load_generation(path).generate(ids, 8, **draw).tolist()
+    assert inductor_moe.load_generation(older).generate(ids, 8, **draw).tolist() == expected
+    options = ("--temperature", "1", "--seed", "5", "--ignore-eos", "--max-new-tokens", "8")
+    assert packages.run_cpp(runner, older, ids, *options)[0] == expected
+
+
+def awkward(size, dtype, rows=5):
+    """Rows with ties across parts, NaN, nothing but -inf, and the greatest at either end."""
+    x = torch.randn(rows, size, generator=torch.Generator().manual_seed(size)).to(dtype)
+    x[0, [size // 3, size // 2, -1]] = 50.0
+    x[1, [size // 2, -1]] = float("nan")
+    x[2] = float("-inf")
+    x[3, -1] = 60.0
+    x[4, 0] = float("inf")
+    return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 7, 4096, 4097, 9973, 65536, 151936])
+def test_argmax_in_two_stages_is_argmax(size, dtype):
+    x = awkward(size, dtype) if size > 4 else torch.randn(5, size).to(dtype)
+    assert torch.equal(argmax_last(x), x.argmax(-1))
+    assert torch.equal(argmax_last(x[None]), x[None].argmax(-1))
+    assert torch.equal(argmax_last(x[0]), x[0].argmax())
+
+
+def test_argmax_in_two_stages_compiles_for_any_batch():
+    compiled = torch.compile(argmax_last, fullgraph=True, dynamic=True)
+    for rows in (5, 9):
+        x = awkward(9973, torch.float32, rows)
+        torch._dynamo.mark_static(x, 1)
+        assert torch.equal(compiled(x), x.argmax(-1))
+
+
+def test_no_reduction_of_a_vocabulary_is_one_row_long():
+    graph = torch.fx.experimental.proxy_tensor.make_fx(argmax_last)(torch.randn(1, 248320)).graph
+    reduced = [node for node in graph.nodes if "max" in str(node.target)]
+    assert [tuple(n.args[0].meta["val"].shape) for n in reduced] == [(1, 512, 485), (1, 512)]
 
 
 def test_sampling_follows_the_distribution():

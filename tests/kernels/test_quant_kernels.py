@@ -118,6 +118,25 @@ def test_linear(plan, scheme):
     assert relative_error(found, reference) <= LIMIT
 
 
+@pytest.mark.parametrize("plan", PLANS)
+def test_zero_points_finer_than_the_scales(plan):
+    """fp32 beside bf16, as weights that were quantised elsewhere may need them."""
+    kind = SCHEMES["int4 g64 zeros"]
+    weight = packed((41, 200), kind, torch.bfloat16)
+    fine = weight.zeros.float() + torch.rand(weight.zeros.shape) / 64
+    weight = Packed(weight.packed, weight.scales, fine)
+    # A sum of inputs far from zero shows what a zero point loses.
+    x = (torch.randn(19 if plan == "gemm" else 2, 200) + 16).bfloat16()
+    found = quant_cuda.quantized_linear_cuda(
+        x, *arguments(weight, kind)[:3], None, kind.group_size,
+        plan=PLANS[plan], wrap=Interpreted,
+    )  # fmt: skip
+    reference = x.double() @ exact(weight, kind, 200).T
+    assert relative_error(found, reference) <= LIMIT
+    rounded = Packed(weight.packed, weight.scales, fine.bfloat16())
+    assert relative_error(x.double() @ exact(rounded, kind, 200).T, reference) > 2 * LIMIT
+
+
 @pytest.mark.parametrize(
     ("plan", "scheme", "gate"),
     cases(

@@ -56,13 +56,16 @@ def record_experts(scheme: Scheme, tokens: int, gpu: Any, dtype: Any = torch.bfl
     return launches
 
 
-def record_linear(scheme: Scheme, tokens: int, gpu: Any, outputs: int = 12352) -> dict:
+def record_linear(
+    scheme: Scheme, tokens: int, gpu: Any, outputs: int = 12352, zeros: Any = torch.bfloat16
+) -> dict:
     launches: dict[str, Any] = {}
     weight = empty(torch.Size([outputs, 2048]), torch.bfloat16, META, scheme)
+    points = None if weight.zeros is None else weight.zeros.to(zeros)
     layer = QuantizedLinear(outputs, 2048, scheme.bits, scheme.group_size)
     quantized_linear_cuda(
         torch.empty(tokens, 2048, dtype=torch.bfloat16, device=META),
-        weight.packed, weight.scales, weight.zeros, None, scheme.group_size,
+        weight.packed, weight.scales, points, None, scheme.group_size,
         plan=choose_quantized_plan(layer, tokens, gpu), wrap=Recorder(launches),
     )  # fmt: skip
     return launches
@@ -109,6 +112,13 @@ def test_int4_kernels_compile_without_spills(gpu):
 def test_merged_layers_compile_without_spills(gpu):
     for packed, dense in (((8192, 4096), (32, 32)), ((), (256, 1)), ((512, 512), ())):
         assert compiled(record_merged(SCHEMES["int4"], packed, dense), gpu)
+
+
+def test_zero_points_finer_than_the_scales_compile_without_spills():
+    for tokens in (1, 512):
+        assert compiled(
+            record_linear(SCHEMES["int4 zeros"], tokens, H100, zeros=torch.float32), H100
+        )
 
 
 @pytest.mark.slow

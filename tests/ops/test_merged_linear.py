@@ -176,3 +176,21 @@ def test_packed_weights_of_two_kinds():
     x = torch.randn(1, 64).bfloat16()
     found = merged_by(lambda x: (other(x), layers.wide(x), layers.key(x)), x)
     assert found == ["64 -> 48 + 16; int4 g128"]
+
+
+def test_zero_points_of_two_dtypes():
+    """The kernel picks a pointer among the weights', which must be of one type."""
+    layers = [nn.Linear(64, rows, bias=False, device="meta") for rows in (48, 32, 16)]
+    for layer, step in zip(layers, (0.3, 0.3, 1.0), strict=True):
+        zeros = step * torch.arange(layer.out_features * 2).view(-1, 2) % 16
+        inductor_moe.replace_weight(
+            layer, "weight", torch.randint(0, 16, layer.weight.shape),
+            torch.rand(layer.out_features, 2).bfloat16(), zeros, group_size=32,
+        )  # fmt: skip
+    x = torch.randn(1, 64).bfloat16()
+    found = merged_by(lambda x: [layer(x) for layer in layers], x)
+    assert found == ["64 -> 48 + 32; int4 g32 with zero points"]
+    buffers = layers[1]._buffers, layers[2]._buffers
+    values = [[b[f"weight_{kind}"] for b in buffers] for kind in ("packed", "scales", "zeros")]
+    with pytest.raises(TypeError, match="zeros of different dtypes"):
+        merged_linear(x, *values, 32, [])
