@@ -144,7 +144,7 @@ def _(
         up_offset,
         limit,
     )
-    cuda = _triton_launches(x.device)
+    cuda = triton_launches(x.device)
     run = cuda.moe_experts_cuda if cuda else moe_experts_reference
     return run(
         x, w_up, w_down, ids, weights, bias_up, bias_down, activation, gate,
@@ -194,7 +194,7 @@ def _(
     input_weights: Tensor | None,
 ) -> Tensor:
     check_up(x, w_up, ids, bias_up, input_weights)
-    cuda = _triton_launches(x.device)
+    cuda = triton_launches(x.device)
     run = cuda.moe_up_cuda if cuda else moe_up_reference
     return run(x, w_up, ids, bias_up, input_weights)
 
@@ -246,13 +246,13 @@ def _(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     check_down(h, w_down, ids, weights, bias_down)
-    cuda = _triton_launches(h.device)
+    cuda = triton_launches(h.device)
     run = cuda.moe_down_combine_cuda if cuda else moe_down_combine_reference
     return run(h, w_down, ids, weights, bias_down, out_dtype)
 
 
 @functools.cache
-def _triton_launches(device: torch.device) -> ModuleType | None:
+def triton_launches(device: torch.device) -> ModuleType | None:
     """The Triton implementations, or None where Triton or the GPU (below sm_80) is too old."""
     if torch.cuda.get_device_capability(device) < (8, 0):
         return None

@@ -203,5 +203,5 @@ def _runs_kernels(x: Tensor, routed: Sequence[Tensor | None]) -> bool:
     if x.device.type != "cuda":
         return False
     if routed[1] is not None:
-        return quant._triton_launches(x) is not None
-    return moe._triton_launches(x.device) is not None
+        return quant.triton_launches(x) is not None
+    return moe.triton_launches(x.device) is not None
