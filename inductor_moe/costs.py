@@ -34,6 +34,7 @@ KERNELS = {
     "moe_experts_shared": f"{FEW} (packed weights: quantized_up_decode_kernel, "
     "quantized_down_decode_kernel)",
     "moe_route": "moe_route_kernel",
+    "moe_router": "moe_router_kernel",
     "delta_rule": "few tokens: delta_recurrent_kernel; more: delta_chunk_intra_kernel, "
     "delta_chunk_scan_kernel (a decay per channel: delta_channel_intra_kernel, "
     "delta_channel_scan_kernel)",

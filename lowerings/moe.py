@@ -9,7 +9,7 @@ import torch
 
 from inductor_moe import compat
 from inductor_moe.lowerings.trace import lower
-from inductor_moe.ops import moe, moe_cpu, moe_route, shared
+from inductor_moe.ops import moe, moe_cpu, moe_route, moe_router, shared
 
 
 def register() -> None:
@@ -20,6 +20,7 @@ def register() -> None:
         moe.moe_down_combine, _lowering("moe_down_combine_cuda", moe_cpu.moe_down_combine_cpu, 2)
     )
     lower(moe_route.moe_route, moe_route_lowering)
+    lower(moe_router.moe_router, moe_router_lowering)
     lower(shared.moe_experts_shared, moe_experts_shared_lowering)
 
 
@@ -28,6 +29,13 @@ def moe_route_lowering(logits: Any, *args: Any) -> Any:
     if not compat.runs_triton_kernels(logits.device):
         return moe_route.moe_route_cpu(logits, *args)
     return moe_route.moe_route_cuda(logits, *args, wrap=compat.wrap_triton)
+
+
+def moe_router_lowering(x: Any, *args: Any) -> Any:
+    """One launch where the device runs our kernels, else the norm, matmuls and top-k in aten."""
+    if not compat.runs_triton_kernels(x.device):
+        return moe_router.moe_router_plain(x, *args)
+    return moe_router.moe_router_cuda(x, *args, wrap=compat.wrap_triton)
 
 
 def moe_experts_shared_lowering(x: Any, ids: Any, *args: Any) -> Any:

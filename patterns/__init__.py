@@ -8,7 +8,7 @@ if __name__ == "patterns":
 from inductor_moe.patterns import dequantised, merged, quant
 from inductor_moe.patterns.attention import decode as attention_decode
 from inductor_moe.patterns.delta_rule import decode, heads, unrolled
-from inductor_moe.patterns.moe import called, dense, experts, gathered, router, shared
+from inductor_moe.patterns.moe import called, dense, experts, gate, gathered, router, shared
 from inductor_moe.patterns.rewrite import Refusal, Rewrite
 
 ALL: tuple[Rewrite, ...] = (
@@ -24,6 +24,7 @@ ALL: tuple[Rewrite, ...] = (
     shared.SHARED,
     quant.LINEAR,
     dequantised.DEQUANTISED,
+    gate.GATE,
     merged.MERGED,
     attention_decode.DECODE,
 )

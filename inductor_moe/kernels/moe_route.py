@@ -7,12 +7,11 @@ import triton.language as tl
 
 
 @triton.jit
-def moe_route_kernel(
-    logits,  # [T, E] any float
+def choose_experts(
+    logits,  # [E] any float; read past L1, so other programs may have written it
     bias,  # [E] any float, if HAS_BIAS
-    weights,  # [T, K] fp32, contiguous
-    ids,  # [T, K] int64, contiguous
-    stride_t,
+    weights,  # [K] fp32, written
+    ids,  # [K] int64, written
     stride_e,
     stride_bias,
     E: tl.constexpr,
@@ -30,15 +29,15 @@ def moe_route_kernel(
     BLOCK_S: tl.constexpr,  # experts of a group
     BLOCK_K: tl.constexpr,
 ):
+    """One token's experts, best first, and their weights."""
     SIZE: tl.constexpr = E // GROUPS
     # The scores rise with the logits, so these choose where nothing else does.
     BY_LOGITS: tl.constexpr = GROUPS == 1 and not HAS_BIAS
-    t = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     i = tl.arange(0, BLOCK_G * BLOCK_S)
     e = i // BLOCK_S * SIZE + i % BLOCK_S
     valid = (i // BLOCK_S < GROUPS) & (i % BLOCK_S < SIZE)
-    row = tl.load(logits + t * stride_t + e * stride_e, mask=valid, other=float("-inf"))
+    row = tl.load(logits + e * stride_e, mask=valid, other=float("-inf"), cache_modifier=".cg")
     row = row.to(tl.float32)
     top = tl.max(row, 0)
     taken = valid == 0
@@ -97,5 +96,37 @@ def moe_route_kernel(
         if FLOOR > 0:
             total = tl.maximum(total, FLOOR)
         value = value / (total + EPSILON)
-    tl.store(weights + t * K + k, value * SCALE, mask=k < K)
-    tl.store(ids + t * K + k, chosen_ids.to(tl.int64), mask=k < K)
+    tl.store(weights + k, value * SCALE, mask=k < K)
+    tl.store(ids + k, chosen_ids.to(tl.int64), mask=k < K)
+
+
+@triton.jit
+def moe_route_kernel(
+    logits,  # [T, E] any float
+    bias,  # [E] any float, if HAS_BIAS
+    weights,  # [T, K] fp32, contiguous
+    ids,  # [T, K] int64, contiguous
+    stride_t,
+    stride_e,
+    stride_bias,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    SCORING: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    EPSILON: tl.constexpr,
+    FLOOR: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT_GROUPS: tl.constexpr,
+    GROUP_TOP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64)
+    choose_experts(
+        logits + t * stride_t, bias, weights + t * K, ids + t * K, stride_e, stride_bias,
+        E, K, SCORING, NORMALISE, EPSILON, FLOOR, SCALE, HAS_BIAS,
+        GROUPS, KEPT_GROUPS, GROUP_TOP, BLOCK_G, BLOCK_S, BLOCK_K,
+    )  # fmt: skip

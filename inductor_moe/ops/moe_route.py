@@ -160,8 +160,6 @@ def moe_route_cuda(
     wrap: Callable[[Any], Any] = lambda kernel: kernel,
 ) -> tuple[Tensor, Tensor]:
     """`moe_route` as one Triton launch; traceable with wrap=torch.library.wrap_triton."""
-    import triton
-
     from inductor_moe.kernels.moe_route import moe_route_kernel
 
     tokens, experts = logits.shape
@@ -169,8 +167,10 @@ def moe_route_cuda(
     ids = torch.empty((tokens, top_k), dtype=torch.int64, device=logits.device)
     if isinstance(tokens, int) and tokens == 0:
         return weights, ids
-    if kept_groups == groups:
-        groups = kept_groups = 1
+    constants = route_constants(
+        experts, top_k, scoring, normalise, bias is not None,
+        epsilon, floor, scale, groups, kept_groups, group_top,
+    )  # fmt: skip
     wrap(moe_route_kernel)[(tokens,)](
         logits,
         logits if bias is None else bias,
@@ -179,23 +179,49 @@ def moe_route_cuda(
         logits.stride(0),
         logits.stride(1),
         0 if bias is None else bias.stride(0),
-        E=experts,
-        K=top_k,
-        SCORING=scoring,
-        NORMALISE=normalise,
-        EPSILON=epsilon,
-        FLOOR=floor,
-        SCALE=scale,
-        HAS_BIAS=bias is not None,
-        GROUPS=groups,
-        KEPT_GROUPS=kept_groups,
-        GROUP_TOP=group_top,
-        BLOCK_G=triton.next_power_of_2(groups),
-        BLOCK_S=max(32 if groups == 1 else 1, triton.next_power_of_2(experts // groups)),
-        BLOCK_K=triton.next_power_of_2(top_k),
+        **constants,
         num_warps=1 if experts <= 512 else 4,
     )
     return weights, ids
+
+
+def route_constants(
+    experts: int,
+    top_k: int,
+    scoring: str,
+    normalise: bool,
+    has_bias: bool,
+    epsilon: float,
+    floor: float,
+    scale: float,
+    groups: int,
+    kept_groups: int,
+    group_top: int,
+) -> dict[str, Any]:
+    """The constants of the router's kernels."""
+    if kept_groups == groups:
+        groups = kept_groups = 1
+    size = _power_of_two(experts // groups)
+    return {
+        "E": experts,
+        "K": top_k,
+        "SCORING": scoring,
+        "NORMALISE": normalise,
+        "EPSILON": epsilon,
+        "FLOOR": floor,
+        "SCALE": scale,
+        "HAS_BIAS": has_bias,
+        "GROUPS": groups,
+        "KEPT_GROUPS": kept_groups,
+        "GROUP_TOP": group_top,
+        "BLOCK_G": _power_of_two(groups),
+        "BLOCK_S": max(32 if groups == 1 else 1, size),
+        "BLOCK_K": _power_of_two(top_k),
+    }
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
 
 
 @moe_route.register_kernel("cuda")

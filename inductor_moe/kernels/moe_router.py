@@ -1,0 +1,83 @@
+"""A router for one token as one launch: residual, RMS norm, logits, and the choice of experts.
+
+Every program normalises the token for itself and computes a row of logits. The one that finishes
+last, as a counter tells, chooses the experts from all of them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from inductor_moe.kernels.moe_route import choose_experts
+
+
+@triton.jit
+def moe_router_kernel(
+    x,  # [H] contiguous
+    residual,  # [H] contiguous, if HAS_RESIDUAL
+    norm_weight,  # [H] contiguous, if HAS_NORM
+    router,  # [E, H] contiguous
+    gate,  # [H] contiguous, if HAS_GATE
+    bias,  # [E] any float, if HAS_BIAS
+    total,  # [H] written, if HAS_RESIDUAL
+    normed,  # [H] written, if HAS_NORM
+    logits,  # [E + 1] in x.dtype, written; the gate's last
+    weights,  # [K] fp32, written
+    ids,  # [K] int64, written
+    counters,  # int32, the element `index` 0; the number of programs afterwards
+    index,
+    stride_bias,
+    NORM_EPS: tl.constexpr,
+    NORM_OFFSET: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    SCORING: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    EPSILON: tl.constexpr,
+    FLOOR: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT_GROUPS: tl.constexpr,
+    GROUP_TOP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row = tl.program_id(0)
+    h = tl.arange(0, BLOCK_H)
+    inside = h < HIDDEN
+    weight_row = router + row.to(tl.int64) * HIDDEN
+    if HAS_GATE:
+        weight_row = tl.where(row < E, weight_row, gate)
+    weight = tl.load(weight_row + h, mask=inside, other=0.0)
+    value = tl.load(x + h, mask=inside, other=0.0)
+    if HAS_RESIDUAL:
+        other = tl.load(residual + h, mask=inside, other=0.0)
+        value = (value.to(tl.float32) + other.to(tl.float32)).to(x.dtype.element_ty)
+        if row == 0:
+            tl.store(total + h, value, mask=inside)
+    if HAS_NORM:
+        scale = tl.load(norm_weight + h, mask=inside, other=0.0).to(tl.float32) + NORM_OFFSET
+        wide = value.to(tl.float32)
+        wide *= tl.rsqrt(tl.sum(wide * wide, 0) / HIDDEN + NORM_EPS) * scale
+        value = wide.to(x.dtype.element_ty)
+        if row == 0:
+            tl.store(normed + h, value, mask=inside)
+    logit = tl.sum(weight.to(tl.float32) * value.to(tl.float32), 0)
+    tl.store(logits + row, logit.to(logits.dtype.element_ty))
+    # Every thread's store comes before the count, and the count before the last one's loads.
+    tl.debug_barrier()
+    before = tl.atomic_add(counters + index, 1, sem="acq_rel", scope="gpu")
+    if before == tl.num_programs(0) - 1:
+        choose_experts(
+            logits, bias, weights, ids, 1, stride_bias,
+            E, K, SCORING, NORMALISE, EPSILON, FLOOR, SCALE, HAS_BIAS,
+            GROUPS, KEPT_GROUPS, GROUP_TOP, BLOCK_G, BLOCK_S, BLOCK_K,
+        )  # fmt: skip
