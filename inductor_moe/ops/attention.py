@@ -72,12 +72,12 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale:
 def attention_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Attention of one query position, the cache read where it lies: no head is repeated.
 
-    q     [B, Hq, D]       bf16, fp16, fp32; D at most 256
-    k     [B, Hkv, L, D]   like q, any strides; head h of q reads head h // (Hq // Hkv)
-    v     [B, Hkv, L, DV]  like q, any strides; DV at most 256
+    q     [B, Hq, D]         bf16, fp16 or fp32; D at most 256
+    k     [B, Hkv, L, D]     like q, any strides; head h of q reads head h // (Hq // Hkv)
+    v     [B, Hkv, L, DV]    like q, any strides; DV at most 256
     mask  [B or 1, 1, 1, L]  bool, False hides a position; or float, added to the scaled scores,
-                           where -inf hides one
-    scale                  of the scores
+                             where -inf hides one
+    scale                    of the scores
     returns [B, Hq, DV] in q's dtype, contiguous; zeros for a row with every position hidden, as
     torch.nn.functional.scaled_dot_product_attention on a CPU. On a GPU hidden positions are not
     read: they may hold NaN
