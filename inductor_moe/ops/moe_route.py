@@ -191,12 +191,12 @@ def route_constants(
     scoring: str,
     normalise: bool,
     has_bias: bool,
-    epsilon: float,
-    floor: float,
-    scale: float,
-    groups: int,
-    kept_groups: int,
-    group_top: int,
+    epsilon: float = 0.0,
+    floor: float = 0.0,
+    scale: float = 1.0,
+    groups: int = 1,
+    kept_groups: int = 1,
+    group_top: int = 1,
 ) -> dict[str, Any]:
     """The constants of the router's kernels."""
     if kept_groups == groups:

@@ -146,7 +146,7 @@ def moe_router_plain(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`moe_router` in aten alone, traceable."""
     del counters, index
-    total = normed = x.new_empty(0)
+    total, normed = x.new_empty(0), x.new_empty(0)
     if residual is not None:
         x = total = x + residual
     if norm_weight is not None:

@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 
 from inductor_moe.ops.moe_cuda import moe_experts_cuda
 from inductor_moe.ops.moe_route import moe_route_cuda
+from inductor_moe.ops.moe_router import moe_router_cuda
 from inductor_moe.tiles import Experts, Gpu, choose_plan, generic_gpu
 
 pytestmark = pytest.mark.skipif(
@@ -165,6 +166,19 @@ def test_routers_compile_without_spills(router, gpu):
     bias = torch.empty(experts, device="meta") if router == "deepseek_v3" else None
     moe_route_cuda(logits, *arguments, bias, **options, wrap=Recorder(launches))
     assert len(launches) == 1
+    compile_all(launches, gpu)
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: "sm_{}{}".format(*gpu.capability))
+@pytest.mark.parametrize("hidden", [2048, 7168])
+def test_whole_routers_compile_without_spills(hidden, gpu):
+    launches: dict[str, Any] = {}
+    row, weight = (torch.empty(n, hidden, dtype=torch.bfloat16, device="meta") for n in (1, 256))
+    counters = torch.empty(8, dtype=torch.int32, device="meta")
+    moe_router_cuda(
+        row, row, row[0], 1e-6, 1.0, weight, row, counters, 2, 8, "softmax", True,
+        wrap=Recorder(launches),
+    )  # fmt: skip
     compile_all(launches, gpu)
 
 
