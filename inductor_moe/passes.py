@@ -172,13 +172,14 @@ class _undone_on_error:
         self.graph, self.before = graph, before
 
     def __enter__(self) -> None:
-        self.arguments = {node: (node.args, dict(node.kwargs)) for node in self.before}
+        # Both are immutable: a change puts others in their place.
+        self.arguments = {node: (node.args, node.kwargs) for node in self.before}
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:
             return
         for node, (args, kwargs) in self.arguments.items():
-            if node.args != args or node.kwargs != kwargs:
+            if node.args is not args or node.kwargs is not kwargs:
                 node.args, node.kwargs = args, kwargs
         added = [node for node in self.graph.nodes if node not in self.before]
         for node in added:

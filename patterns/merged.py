@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import fx
@@ -84,14 +84,23 @@ def _member(node: fx.Node) -> Member | None:
     return Member(node, x, None, weight)
 
 
-def _groups(graph: fx.Graph) -> dict[fx.Node, list[Member]]:
-    """Input -> the layers on it that one op can compute, in graph order."""
+def _members(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[Member]]:
+    """Input -> the layers on it among some nodes."""
     found: dict[fx.Node, list[Member]] = collections.defaultdict(list)
-    for node in graph.nodes:
+    for node in nodes:
         member = _member(node)
         if member is not None:
             found[flat_source(member.x)].append(member)
-    return {x: chosen for x, members in found.items() if len(chosen := _alike(members)) > 1}
+    return found
+
+
+def _readers(x: fx.Node) -> list[fx.Node]:
+    """The nodes that read x itself, past views, in graph order."""
+    found, stack = [], [x]
+    while stack:
+        for user in stack.pop().users:
+            (stack if flat_source(user) is x else found).append(user)
+    return sorted(found)
 
 
 def _alike(members: list[Member]) -> list[Member]:
@@ -113,12 +122,14 @@ def _scheme(weight: PackedWeight) -> tuple[Any, ...]:
 
 def anchors(graph: fx.Graph) -> Iterator[fx.Node]:
     """The inputs of several linear layers."""
-    yield from _groups(graph)
+    for x, members in _members(graph.nodes).items():
+        if len(_alike(members)) > 1:
+            yield x
 
 
 def walk(x: fx.Node) -> MergedSite:
     """Read the layers on x."""
-    return MergedSite(tuple(_groups(x.graph)[x]))
+    return MergedSite(tuple(_alike(_members(_readers(x))[x])))
 
 
 def replace(graph: fx.Graph, site: MergedSite) -> fx.Node:
