@@ -96,7 +96,8 @@ def _members(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[Member]]:
 
 def _readers(x: fx.Node) -> list[fx.Node]:
     """The nodes that read x itself, past views, in graph order."""
-    found, stack = [], [x]
+    found: list[fx.Node] = []
+    stack = [x]
     while stack:
         for user in stack.pop().users:
             (stack if flat_source(user) is x else found).append(user)
