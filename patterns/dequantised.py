@@ -1,4 +1,4 @@
-"""Weights that a graph dequantises by hand: reported with advice, never rewritten.
+"""Weights that a graph dequantises by hand and no other rewrite reads: reported with advice.
 
 The codes are inputs of the graph. Bringing them into the kernels' layout here would copy them at
 every call, so that is left to whoever loads the model: `repack_` and `replace_weight`.

@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from inductor_moe.ops.quant import BITS, dequantize, quantized_linear
+from inductor_moe.patterns.int8 import read_int8
 from inductor_moe.patterns.rewrite import Refusal, Rewrite
 from inductor_moe.patterns.walk import (
     COPIES,
@@ -17,6 +18,7 @@ from inductor_moe.patterns.walk import (
     dtype,
     is_call,
     is_number,
+    is_transparent,
     peel,
     prims,
     same,
@@ -26,7 +28,7 @@ from inductor_moe.patterns.walk import (
 
 @dataclasses.dataclass(frozen=True)
 class PackedWeight:
-    """The arguments of a `dequantize` node.
+    """The arguments of a `dequantize` node, or of what computes the same by hand.
 
     node  the node; its value is [..., N, K]
     """
@@ -50,10 +52,14 @@ class PackedWeight:
 
 
 def read_packed(node: Any) -> PackedWeight | None:
-    """The packed weight that node dequantises, or None."""
-    if not is_call(node, dequantize._opoverload):
+    """The packed weight that node dequantises, by our op or by hand from int8; or None."""
+    if is_call(node, dequantize._opoverload):
+        return PackedWeight(node, *node.args)
+    found = read_int8(node)
+    if found is None:
         return None
-    return PackedWeight(node, *node.args)
+    inputs = int(sizes(node)[-1])
+    return PackedWeight(node, found.codes, found.scales, found.zeros, found.group_size, inputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +78,14 @@ class LinearSite:
 
 
 def _packed_source(node: Any) -> fx.Node | None:
-    """The `dequantize` node behind a matmul's operand, through views, permutes and casts."""
+    """The dequantised weight behind a matmul's operand, through views, permutes and casts."""
     shapes = (aten.permute.default, aten.t.default, aten.transpose.int, aten.view.default,
               aten.expand.default, prims.convert_element_type.default)  # fmt: skip
-    found = peel(node, lambda n: is_call(n, *shapes))
-    return found if is_call(found, dequantize._opoverload) else None
+    while read_packed(node) is None:
+        if not (is_transparent(node) or is_call(node, *shapes)):
+            return None
+        node = node.args[0]
+    return node  # type: ignore[no-any-return]
 
 
 MATMULS = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2), aten.bmm.default: (0, 1)}

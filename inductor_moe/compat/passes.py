@@ -27,13 +27,21 @@ def keep_matmuls(graph: fx.Graph) -> Iterator[None]:
     aten = torch.ops.aten
     _wrap_decompositions()
     before = getattr(_kept, "ops", ())
-    packed = any("inductor_moe.dequantize" in str(node.target) for node in graph.nodes)
+    packed = any(_holds_codes(node) for node in graph.nodes)
     linear = (aten.mm.default, aten.addmm.default) if packed else ()
     _kept.ops = (*before, aten.bmm.default, *linear)
     try:
         yield
     finally:
         _kept.ops = before
+
+
+def _holds_codes(node: fx.Node) -> bool:
+    """Whether a node dequantises with our op, or is an input of int8 codes."""
+    if "inductor_moe.dequantize" in str(node.target):
+        return True
+    value = node.meta.get("val", node.meta.get("example_value"))
+    return node.op == "placeholder" and getattr(value, "dtype", None) == torch.int8
 
 
 @functools.cache

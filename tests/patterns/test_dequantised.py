@@ -41,8 +41,8 @@ def with_bias(x, words, scales):
     return F.linear(x, weight, scales[:, 0])
 
 
-def rows(x, codes, scales):
-    return F.linear(x, codes.to(x.dtype) * scales)
+def wider_rows(x, codes, scales):
+    return F.linear(x, (codes.to(x.dtype) * scales).to(x.dtype))
 
 
 def scaled_outputs(x, codes, scales):
@@ -57,7 +57,7 @@ def scaled_outputs(x, codes, scales):
         (high_first, BYTES, SCALES, "[48, 32] uint8"),
         (words_of_eight, WORDS, SCALES, "[48, 8] int32"),
         (with_bias, BYTES, SCALES, "[48, 32] uint8"),
-        (rows, CODES, ROWS, "[48, 64] int8"),
+        (wider_rows, CODES, ROWS.float(), "[48, 64] int8"),
         (scaled_outputs, CODES, ROWS, "[48, 64] int8"),
     ],
 )

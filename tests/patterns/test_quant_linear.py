@@ -114,13 +114,26 @@ def test_max_autotune_keeps_the_products_with_packed_weights():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     linear, plain = layer(bias=False), nn.Linear(96, 40, bias=False)
+
+    class ByHand(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("codes", torch.zeros(40, 96, dtype=torch.int8))
+
+        def forward(self, x):
+            return F.linear(x, self.codes.to(x.dtype))
+
     graphs = {
-        name: torch.export.export(module, (torch.randn(2, 96).to(module.weight.dtype),)).graph
-        for name, module in (("packed", linear), ("plain", plain))
+        name: torch.export.export(module, (torch.randn(2, 96).to(dtype),)).graph
+        for name, module, dtype in (
+            ("packed", linear, torch.bfloat16),
+            ("by hand", ByHand(), torch.bfloat16),
+            ("plain", plain, torch.float32),
+        )
     }
     with FakeTensorMode(), config.patch(coordinate_descent_tuning=True):
         row, matrix = torch.empty(1, 96, device="cuda"), torch.empty(96, 40, device="cuda")
-        for name, kept in (("packed", True), ("plain", False)):
+        for name, kept in (("packed", True), ("by hand", True), ("plain", False)):
             with compat.keep_matmuls(graphs[name]):
                 mm = decompositions[torch.ops.aten.mm.default](row, matrix)
             assert (mm is NotImplemented) == kept
