@@ -240,6 +240,7 @@ def quantized_down_decode_kernel(
     PARTS: tl.constexpr,  # SLOTS times slices of K
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SHARED_K: tl.constexpr,  # BLOCK_K of the shared expert
 ):
     token = tl.program_id(0)
     n_first = tl.program_id(1) * BLOCK_N
@@ -255,6 +256,25 @@ def quantized_down_decode_kernel(
     group = k_first // GROUP if GROUP != 0 else 0
     id_row = ids + token * stride_it
     out = tl.zeros((BLOCK_N,), tl.float32)
+    if SHARED:
+        # One expert: every part is a slice of its inputs.
+        own_first = (r // BLOCK_N) * (shared_slice // SHARED_K) * SHARED_K
+        own_x = column * shared_slice
+        own_group = own_first // GROUP if GROUP != 0 else 0
+        row = n.to(tl.int64)
+        product = parts_dot(
+            down_w + row * shared_words + own_first // WIDTH,
+            down_scales + row * shared_groups + own_group,
+            down_zeros + row * shared_groups + own_group,
+            h + token.to(tl.int64) * stride_ht + TOP_K * stride_hk + own_x,
+            own_first, own_x, n < hidden, tl.arange(0, COLUMNS) < PARTS, shared_inner,
+            shared_slice, shared_words,
+            BITS, GROUP, HAS_ZEROS, SHARED_EVEN, PARTS, BLOCK_N, SHARED_K,
+        )  # fmt: skip
+        shared = tl.sum(product, 0)
+        if HAS_LOGITS:
+            shared *= tl.sigmoid(tl.load(logits + token * stride_lt).to(tl.float32))
+        out += shared
     for turn in tl.static_range(0, TOP_K, SLOTS):
         slot = turn + (r // BLOCK_N) // SPLIT
         expert = tl.load(id_row + slot * stride_ik, mask=slot < TOP_K, other=-1)
@@ -283,23 +303,5 @@ def quantized_down_decode_kernel(
             scale = tl.load(scale_ptrs, mask=known, other=0.0).to(tl.float32)
             product *= scale[:, None]
         out += tl.sum(tl.where(known[:, None], product, 0.0), 0)
-    if SHARED:
-        # One expert: every part is a slice of its inputs.
-        k_first = (r // BLOCK_N) * (shared_slice // BLOCK_K) * BLOCK_K
-        x_first = column * shared_slice
-        group = k_first // GROUP if GROUP != 0 else 0
-        row = n.to(tl.int64)
-        product = parts_dot(
-            down_w + row * shared_words + k_first // WIDTH,
-            down_scales + row * shared_groups + group, down_zeros + row * shared_groups + group,
-            h + token.to(tl.int64) * stride_ht + TOP_K * stride_hk + x_first,
-            k_first, x_first, n < hidden, tl.arange(0, COLUMNS) < PARTS, shared_inner,
-            shared_slice, shared_words,
-            BITS, GROUP, HAS_ZEROS, SHARED_EVEN, PARTS, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        shared = tl.sum(product, 0)
-        if HAS_LOGITS:
-            shared *= tl.sigmoid(tl.load(logits + token * stride_lt).to(tl.float32))
-        out += shared
     y_ptrs = y + token.to(tl.int64) * hidden + n_own
     tl.store(y_ptrs, out.to(y.dtype.element_ty), mask=n_own < hidden)

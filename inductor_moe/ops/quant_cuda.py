@@ -96,6 +96,13 @@ class _Weight:
         unit = max(self.group_size, block_k)
         return int(_cdiv(_cdiv(self.in_features, unit), splits)) * unit
 
+    def short_slices(self, step: int, splits: int) -> tuple[int, int]:
+        """(step, slice): one step, a part of `step`, where `splits` of them hold a row."""
+        short = min(step, max(64, _power_of_two(_cdiv(self.in_features, splits))))
+        if short * splits >= self.in_features:
+            return short, short
+        return step, self.slice_of(step, splits)
+
 
 def quantized_linear_cuda(
     x: Tensor,
@@ -325,7 +332,7 @@ def _down_decode(
     bias_arg, stride_be, stride_bh = _bias_args(bias, weight.packed)
     scale, stride_st, stride_sk = _bias_args(weights, weight.packed)
     own = shared or SharedExpert(weight, weight, weight, None, 0)
-    own_slice = own.down.slice_of(step, tile.parts)
+    own_step, own_slice = own.down.short_slices(step, tile.parts)
     logits, stride_lt, _ = _bias_args(own.logits, weight.packed)
     # h is [T * K, I], or [T, K * I + the shared inner].
     pair = (
@@ -340,7 +347,7 @@ def _down_decode(
         SHARED_EVEN=hidden % tile.block_n == 0 and own_slice * tile.parts == own.inner,
         HAS_WEIGHTS=weights is not None, HAS_BIAS=bias is not None, **weight.constants(),
         EVEN=hidden % tile.block_n == 0 and k_slice * splits == weight.in_features,
-        PARTS=tile.parts, BLOCK_N=tile.block_n, BLOCK_K=step,
+        PARTS=tile.parts, BLOCK_N=tile.block_n, BLOCK_K=step, SHARED_K=own_step,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y

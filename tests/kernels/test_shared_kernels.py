@@ -136,7 +136,7 @@ def test_transposed_weights():
 
 
 QUICK = {
-    ("parts-8", "int4 g128", (128, 64, 64)),
+    ("parts-8", "int4 g128", (128, 64, 320)),
     ("parts-8", "int4 g64 zeros", (72, 40, 100)),
     ("parts-2", "int4 g32", (72, 40, 200)),
     ("parts-2", "int8", (72, 40, 24)),
@@ -149,7 +149,7 @@ QUICK = {
     [
         pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow, id=str(case))
         for case in ((p, s, z) for p in PACKED for s in SCHEMES
-                     for z in ((128, 64, 64), (128, 128, 1024), (72, 40, 100), (72, 40, 24),
+                     for z in ((128, 64, 320), (128, 128, 1024), (72, 40, 100), (72, 40, 24),
                                (72, 40, 200)))
     ],
 )  # fmt: skip
