@@ -1,4 +1,4 @@
-"""Lowering of decode attention: our Triton kernels on a GPU, aten's attention elsewhere."""
+"""Lowerings of decode attention and its rotary embedding: Triton on a GPU, aten elsewhere."""
 
 from __future__ import annotations
 
@@ -6,12 +6,20 @@ from typing import Any
 
 from inductor_moe import compat
 from inductor_moe.lowerings.trace import lower
-from inductor_moe.ops import attention
+from inductor_moe.ops import attention, norm_rope
 
 
 def register() -> None:
-    """Register the lowering of attention_decode."""
+    """Register the lowerings of attention_decode and norm_rope."""
     lower(attention.attention_decode, attention_decode_lowering)
+    lower(norm_rope.norm_rope, norm_rope_lowering)
+
+
+def norm_rope_lowering(q: Any, *args: Any) -> Any:
+    """One launch where the device runs our kernels, else aten."""
+    if not compat.runs_triton_kernels(q.device):
+        return norm_rope.norm_rope_plain(q, *args)
+    return norm_rope.norm_rope_cuda(q, *args, wrap=compat.wrap_triton)
 
 
 def attention_decode_lowering(q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any:

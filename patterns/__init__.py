@@ -7,6 +7,7 @@ if __name__ == "patterns":
 
 from inductor_moe.patterns import dequantised, merged, quant
 from inductor_moe.patterns.attention import decode as attention_decode
+from inductor_moe.patterns.attention import rope
 from inductor_moe.patterns.delta_rule import decode, heads, unrolled
 from inductor_moe.patterns.moe import called, dense, experts, gate, gathered, router, shared
 from inductor_moe.patterns.rewrite import Refusal, Rewrite
@@ -27,6 +28,7 @@ ALL: tuple[Rewrite, ...] = (
     gate.GATE,
     merged.MERGED,
     attention_decode.DECODE,
+    rope.ROPE,
 )
 
 __all__ = ["ALL", "Refusal", "Rewrite"]

@@ -66,6 +66,7 @@ def test_models(name, dtype):
     eager = decoded(model, model, None)
     (report,) = reports
     assert report.counts()["attention_decode"] == LAYERS[name]
+    assert report.counts()["norm_rope"] == LAYERS[name]
     for site in report.matched:
         if site.op == "attention_decode":
             assert site.module.endswith("self_attn")
