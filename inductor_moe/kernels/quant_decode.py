@@ -54,10 +54,10 @@ def parts_dot(
         group = start // GROUP if GROUP != 0 else 0
         load_w = load_row[:, None] & (word[None, :] < words_left[:, None] - step * STEP_WORDS)
         # The scales of a slice past the end belong to no group.
-        load_scale = load_row & (k_first + start < k_dim)
+        row_left = tl.where(load_row, k_dim - k_first - start, 0)
         left = tl.where(load_column, k_dim - x_first - start, 0)[None, :] - first[:, None]
         acc, x_sum = packed_dot(
-            acc, w_ptrs, x_ptrs, load_w, left, scale_rows + group, zero_rows + group, load_scale,
+            acc, w_ptrs, x_ptrs, load_w, left, scale_rows + group, zero_rows + group, row_left,
             BITS, GROUP, HAS_ZEROS, EVEN, COLUMNS, ROWS,
         )  # fmt: skip
         if GROUP == 0 and HAS_ZEROS:

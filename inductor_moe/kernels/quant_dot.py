@@ -80,7 +80,7 @@ def packed_dot(
     left,  # [W, COLS] how many inputs are left from those of x_ptrs on
     scale_ptrs,  # [ROWS] of the first group
     zero_ptrs,
-    load_row,  # [ROWS]
+    row_left,  # [ROWS] how many inputs of the row are left; none, where there is no row
     BITS: tl.constexpr,
     GROUP: tl.constexpr,  # inputs of a group, 0 for one group
     HAS_ZEROS: tl.constexpr,
@@ -114,7 +114,7 @@ def packed_dot(
             acc = group_product(
                 acc, part, x_sum,
                 scale_ptrs + plane // PLANES_A_GROUP, zero_ptrs + plane // PLANES_A_GROUP,
-                load_row, CENTER, HAS_ZEROS,
+                row_left > 16 * (plane + 1 - PLANES_A_GROUP), CENTER, HAS_ZEROS,
             )  # fmt: skip
             part = tl.zeros((ROWS, COLS), tl.float32)
             x_sum = tl.zeros((COLS,), tl.float32)

@@ -44,9 +44,11 @@ def quantized_gemm_tile(
         step = start // BLOCK_K
         group = start // GROUP if GROUP != 0 else 0
         load_w = exists[:, None] & (word < row_words - step * STEP_WORDS)[None, :]
+        # The last step may hold groups past the end; where all inputs exist this is constant.
+        row_left = tl.where(exists, k_dim if EVEN else k_dim - start, 0)
         acc, x_sum = packed_dot(
             acc, w_ptrs, x_ptrs, load_w, (k_dim - start - first)[:, None],
-            scale_ptrs + group, zero_ptrs + group, exists,
+            scale_ptrs + group, zero_ptrs + group, row_left,
             BITS, GROUP, HAS_ZEROS, EVEN, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if GROUP == 0 and HAS_ZEROS:

@@ -269,6 +269,7 @@ def greedy(tmp_path_factory):
     return model, path
 
 
+@pytest.mark.slow
 def test_a_greedy_package_gives_eagers_tokens_without_sorting(made, greedy, runner):
     model, path = greedy
     ids = zoo.prompt(model, 65, seed=1)
@@ -285,6 +286,7 @@ def test_a_greedy_package_gives_eagers_tokens_without_sorting(made, greedy, runn
         assert any(b"_sort" in source for source in code) == (sampling == "top_p")
 
 
+@pytest.mark.slow
 def test_a_greedy_package_does_not_draw(greedy, runner):
     _, path = greedy
     with pytest.raises(GenerationError, match=r"temperature is 0.7; .* sampling='greedy'"):

@@ -94,6 +94,7 @@ def test_a_failure_and_an_overrun_leave_notes(quick, monkeypatch):
         assert row.us is None and "out of something" in row.note and "and more" not in row.note
 
 
+@pytest.mark.slow
 def test_the_unrolled_rule_is_not_compiled_for_long_prompts(quick, monkeypatch):
     monkeypatch.setattr(generate, "MOST_UNROLLED", 1)
     monkeypatch.setitem(session.BACKENDS, "ours", "eager")

@@ -65,7 +65,15 @@ def packed(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> Packed
     weight = quantize_weight((torch.randn(shape) / shape[-1] ** 0.5).to(dtype), scheme)
     if weight.zeros is not None:
         weight.zeros.add_(torch.rand_like(weight.zeros))  # HQQ's are no integers
-    return weight
+    return Packed(weight.packed, *(before_nan(x) for x in (weight.scales, weight.zeros)))
+
+
+def before_nan(tensor: Tensor | None) -> Tensor | None:
+    """The tensor in memory that goes on with NaN, which no kernel may read."""
+    if tensor is None:
+        return None
+    held = torch.full((tensor.numel() + 64,), math.nan, dtype=tensor.dtype)
+    return held[: tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
 def cases(*quick: tuple[str, ...], **every: Any) -> list[Any]:
