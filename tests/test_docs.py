@@ -172,6 +172,21 @@ def test_tables_are_made_from_the_rows(tables, tmp_path):
     assert "No measurement" in tables.headline([])
 
 
+def test_whole_models_are_shown_by_tokens(tables, tmp_path):
+    row = {**ROW, "op": "decode", "model": "m", "us": 2000.0, "kernels": 300,
+           "size": {"prompt": 128, "batch": 4, "decode": 64}}  # fmt: skip
+    longer = {**row, "size": {**row["size"], "prompt": 2048}, "us": None, "note": "wrong"}
+    (tmp_path / "a.json").write_text(json.dumps({**HELD, "rows": [longer, row]}))
+    (found,) = tables.load_generations(tmp_path)
+    first, second = sorted(found.markdown().splitlines()[2:])
+    assert first == (
+        "| 128 | 4 | 64 | inductor_moe | 2,000 | 2.00 | 300 | 50% | 2.0e-03 (3.0e-03) |"
+    )
+    assert second == "| 2,048 | 4 | 64 | inductor_moe | - | - | 300 | 50% | 2.0e-03 (3.0e-03) |"
+    assert "A GPU" in found.caption() and "012345678" in found.caption()
+    assert tables.load(tmp_path) == []
+
+
 def test_the_readme_has_the_headline_of_the_json(tables):
     text = (ROOT / "README.md").read_text()
     assert tables.BEGIN in text and tables.END in text

@@ -93,6 +93,56 @@ def _tables(held: dict[str, Any]) -> list[Table]:
     return list(tables.values())
 
 
+@dataclasses.dataclass
+class Generation:
+    """Decode or prefill of whole models on one GPU: the rows of one file, phase and model."""
+
+    phase: str
+    model: str
+    origin: str
+    command: str
+    rows: list[dict[str, Any]]
+
+    def title(self) -> str:
+        return f"{self.phase} of {self.model}, whole"
+
+    def caption(self) -> str:
+        return (
+            f"`{self.phase}` of {self.model}, the whole model, on {self.origin}; `{self.command}`"
+        )
+
+    def markdown(self) -> str:
+        head = ["prompt", "batch", "decoded", "", "tokens/s", "ms a step", "kernels a step",
+                "of the least possible time", "error (eager's)"]  # fmt: skip
+        lines = [_line(head), _line(["---:"] * len(head))]
+        for row in self.rows:
+            size, us, kernels = row["size"], row["us"], row.get("kernels")
+            tokens = size["batch"] * (size["prompt"] if self.phase == "prefill" else 1)
+            lines.append(_line([
+                f"{size['prompt']:,}", f"{size['batch']}", _shown(size.get("decode"), "{:,}"),
+                NAMES[row["provider"]], _shown(tokens * 1e6 / us if us else None, "{:,.0f}"),
+                _shown(us / 1e3 if us else None, "{:,.2f}"), _shown(kernels, "{}"),
+                _shown(row["of_ceiling"], "{:.0%}"),
+                f"{_shown(row['error'], '{:.1e}')} ({_shown(row['eager_error'], '{:.1e}')})",
+            ]))  # fmt: skip
+        return "\n".join(lines)
+
+
+def load_generations(folder: Path = RESULTS) -> list[Generation]:
+    """What `inductor-moe bench generate` has left."""
+    found: dict[tuple[str, str, str], Generation] = {}
+    for path in sorted(folder.glob("*.json")):
+        held = json.loads(path.read_text())
+        rows = [row for row in held["rows"] if len(row.get("size", ())) > 1]
+        for row in sorted(rows, key=lambda row: sorted(row["size"].items(), reverse=True)):
+            key = (path.name, row["op"], row["model"])
+            versions = ", ".join(f"{n} {held['versions'][n]}" for n in ("torch", "triton"))
+            origin = f"one {held['gpu']}; {versions}, commit {held['commit'][:9]}"
+            made = Generation(row["op"], row["model"], origin, held["command"], [])
+            found.setdefault(key, made).rows.append(row)
+    return list(found.values())
+
+
 def markdown(table: Table) -> str:
     """A row for each size: times, how often ours fits into each other one, error, ceiling."""
     providers = [
@@ -135,17 +185,20 @@ def _shown(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
-def headline(tables: list[Table]) -> str:
-    """The tables of the README: one model, the whole MoE block and the delta rule."""
+def headline(tables: list[Table], generations: list[Generation] | None = None) -> str:
+    """The tables of the README: whole models, then one model's MoE block and delta rule."""
+    generations = generations or []
     chosen = [
         table
         for op in HEADLINE_OPS
         for table in tables
         if (table.op, table.model) == (op, HEADLINE_MODEL)
     ]
-    if not chosen:
+    if not chosen and not generations:
         return "No measurement lies in `examples/benchmarks/results/` yet."
-    return "\n\n".join(f"{caption(table)}:\n\n{markdown(table)}" for table in chosen)
+    parts = [f"{each.caption()}:\n\n{each.markdown()}" for each in generations]
+    parts += [f"{caption(table)}:\n\n{markdown(table)}" for table in chosen]
+    return "\n\n".join(parts)
 
 
 def every_table(tables: list[Table]) -> str:
@@ -183,7 +236,7 @@ def support(path: Path = SUPPORT) -> str:
 
 def updated(text: str, tables: list[Table]) -> str:
     """A text with the headline and the support summary between their marks."""
-    text = _between(text, BEGIN, END, headline(tables))
+    text = _between(text, BEGIN, END, headline(tables, load_generations()))
     if SUPPORT.is_file():
         text = _between(text, SUPPORT_BEGIN, SUPPORT_END, support())
     return text
@@ -202,7 +255,8 @@ def on_config(config: Any) -> None:
 
 def on_page_markdown(text: str, page: Any, **_: Any) -> str:
     del page
-    return text.replace("<!-- every benchmark -->", every_table(load()))
+    whole = [f"## {g.title()}\n\n{g.caption()}\n\n{g.markdown()}" for g in load_generations()]
+    return text.replace("<!-- every benchmark -->", "\n\n".join([*whole, every_table(load())]))
 
 
 if __name__ == "__main__":
