@@ -22,6 +22,7 @@ from inductor_moe.patterns.walk import (
     dtype,
     flat_source,
     is_call,
+    same,
     sizes,
     tensor,
 )
@@ -67,7 +68,7 @@ def _member(node: fx.Node) -> Member | None:
     """The layer that a node computes for one row; None for another node, or more rows."""
     if is_call(node, quantized_linear._opoverload):
         x, packed, scales, zeros, bias, group_size = node.args
-        if bias is not None or sizes(x)[0] != 1:
+        if bias is not None or not same(sizes(x)[0], 1):
             return None
         weight = PackedWeight(node, packed, scales, zeros, group_size, sizes(x)[1])
         return Member(node, x, weight, None)
@@ -78,7 +79,7 @@ def _member(node: fx.Node) -> Member | None:
         return None
     weight = operand.args[0]
     plain = weight.op in ("placeholder", "get_attr") and tensor(weight).is_contiguous()
-    fits = sizes(x)[0] == 1 and isinstance(sizes(weight)[0], int)
+    fits = same(sizes(x)[0], 1) and isinstance(sizes(weight)[0], int)
     if not plain or not fits or sizes(weight)[0] > DENSE_ROWS or dtype(weight) != dtype(node):
         return None
     return Member(node, x, None, weight)

@@ -25,6 +25,7 @@ from inductor_moe.patterns.walk import (
     is_call,
     peel_casts,
     plain_binary,
+    same,
     same_sizes,
     sizes,
     tensor,
@@ -60,7 +61,7 @@ class GateSite:
 def anchors(graph: fx.Graph) -> Iterator[fx.Node]:
     """The routers' choices for one token."""
     for node in graph.nodes:
-        if is_call(node, moe_route._opoverload) and sizes(node.args[0])[0] == 1:
+        if is_call(node, moe_route._opoverload) and same(sizes(node.args[0])[0], 1):
             yield node
 
 
@@ -84,6 +85,7 @@ def _is_given(node: fx.Node) -> bool:
 def walk(route: fx.Node) -> GateSite:
     """Read the router that ends in a choice."""
     matmul = peel_casts(route.args[0])
+    peel_casts(route.args[0], dtype(matmul))
     linear = _linear(matmul)
     if linear is None:
         raise Refusal("the logits are no product with a weight of the model")

@@ -211,3 +211,19 @@ def test_several_routers_count_apart():
     assert [node.args[8] for node in routers] == [0, 1]
     assert len({node.args[7] for node in routers}) == 1
     torch.testing.assert_close(found[0], eager[0], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rounded_logits_are_left_alone():
+    block = Block()
+
+    def forward(x):
+        logits = block.router(x).bfloat16()
+        weights, ids = torch.topk(torch.softmax(logits, -1, dtype=torch.float), 2, dim=-1)
+        return block.experts(x, ids, weights)
+
+    x = torch.randn(1, forms.HIDDEN)
+    found, report = capture(forward, x)
+    assert report.counts() == {"moe_experts": 1, "moe_route": 1}
+    assert not [site for site in report.matched if site.rewrite == "moe.router"]
+    torch.testing.assert_close(found, forward(x), rtol=1e-4, atol=1e-5)
