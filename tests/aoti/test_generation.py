@@ -64,8 +64,9 @@ def test_tokens_equal_eagers(tmp_path, made, runner, name):
     elsewhere = packages.run_elsewhere(path, tmp_path, given)
     for ids, tokens, found in zip(given, expected, elsewhere, strict=True):
         assert found.tolist() == tokens.tolist(), f"elsewhere, prompt of {ids.shape[1]}"
-        again = loaded.generate(ids, packages.STEPS, eos_token_ids=())
-        assert again.tolist() == tokens.tolist(), f"in Python, prompt of {ids.shape[1]}"
+        if ids.shape[1] in (1, 65):  # the same methods once more, by our own loader
+            again = loaded.generate(ids, packages.STEPS, eos_token_ids=())
+            assert again.tolist() == tokens.tolist(), f"in Python, prompt of {ids.shape[1]}"
         (row,), _ = packages.run_cpp(
             runner, path, ids, "--ignore-eos", "--max-new-tokens", str(packages.STEPS)
         )

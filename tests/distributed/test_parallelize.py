@@ -95,7 +95,13 @@ def test_what_cannot_be_sharded_is_refused_on_every_rank(tmp_path, world, expect
             assert result["whole"], f"{case}: the model was changed"
 
 
-@pytest.mark.parametrize("dies", [True, False], ids=["dies", "falls-behind"])
+@pytest.mark.parametrize(
+    "dies",
+    [
+        pytest.param(True, id="dies"),
+        pytest.param(False, id="falls-behind", marks=pytest.mark.slow),
+    ],
+)
 def test_a_rank_that_is_missing_ends_the_others_in_time(tmp_path, dies):
     program, timeout = rank_programs.dying_program, 5
     found = ranks.run(program, 4, tmp_path, 120, timeout, dies=dies, pause=3 * timeout)

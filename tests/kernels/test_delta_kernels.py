@@ -33,7 +33,10 @@ if INTERPRETED:
     from inductor_moe.kernels.delta_rule import delta_rule, delta_rule_padded
     from inductor_moe.reference import delta_rule as reference
 
-TOKENS = (1, 2, 7, 8, 9, 32, 63, 64, 65, 128, 200, pytest.param(1000, marks=pytest.mark.slow))
+TOKENS = (
+    1, 2, 7, 8, 9, 32, 63, 64, 65, 128,
+    *(pytest.param(tokens, marks=pytest.mark.slow) for tokens in (200, 1000)),
+)  # fmt: skip
 GATES = ("head", "channel", "none")
 HEADS, VALUE_HEADS, KEY, VALUE = 1, 2, 40, 24
 
