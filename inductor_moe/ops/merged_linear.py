@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,16 +43,9 @@ def merged_linear(
 
 
 @merged_linear.register_fake
-def _(
-    x: Tensor,
-    packed: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    zeros: Sequence[Tensor],
-    group_size: int,
-    dense: Sequence[Tensor],
-) -> Tensor:
-    check_merged(x, packed, scales, zeros, group_size, dense)
-    return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in (*packed, *dense)))
+def _(x: Tensor, packed: Sequence[Tensor], *rest: Any) -> Tensor:
+    check_merged(x, packed, *rest)
+    return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in (*packed, *rest[-1])))
 
 
 def merged_linear_plain(

@@ -80,11 +80,10 @@ def _(
     k_weight: Tensor | None,
     eps: float,
     offset: float,
-    cos: Tensor,
-    sin: Tensor,
+    *tables: Tensor,
 ) -> tuple[Tensor, Tensor]:
     del eps, offset
-    check_norm_rope(q, k, q_weight, k_weight, cos, sin)
+    check_norm_rope(q, k, q_weight, k_weight, *tables)
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 

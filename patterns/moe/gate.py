@@ -39,8 +39,9 @@ class GateSite:
     route     the moe_route node
     x         [.., H] what the router's linear reads: the norm's output, if there is a norm
     router    [E, H]
-    gates     matmuls of x with one row [1, H], at most one
-    norm      and the residual that is added before it: the operands of `norm.x`
+    gate      another matmul of x, with one row [1, H], or None
+    norm      the norm before it, or None
+    addends   the hidden state and the residual whose sum is normed, or None
     """
 
     route: fx.Node
