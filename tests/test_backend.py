@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import inductor_moe
-from inductor_moe import passes, patterns
+from inductor_moe import backend, passes, patterns
 from inductor_moe.backend import collected
 from inductor_moe.config import Options, parse
 from inductor_moe.errors import (
@@ -164,6 +164,21 @@ def test_a_second_process_hits_the_caches_and_still_has_the_report(tmp_path):
     changed = run_cached(tmp_path, {"inductor_moe.disable": "moe.experts.grouped_mm"})
     assert changed["fx_hit"] == changed["autograd_hit"] == 0
     assert not changed["cached"]
+
+
+def test_a_report_is_found_whatever_strides_an_operator_chose():
+    def key(produced, given):
+        graph = torch.fx.Graph()
+        x = graph.placeholder("x")
+        y = graph.call_function(torch.relu, (x,))
+        x.meta["example_value"], y.meta["example_value"] = given, produced
+        graph.output(y)
+        module = torch.fx.GraphModule(torch.nn.Module(), graph)
+        return backend._graph_key(module, [given], passes.FusionPass(Options()), {})
+
+    rows, columns = torch.zeros(4, 3), torch.zeros(3, 4).T
+    assert key(rows, rows) == key(columns, rows)
+    assert key(rows, rows) != key(rows, columns)
 
 
 def test_threads_compile_at_once():

@@ -35,7 +35,9 @@ BACKENDS = {
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("length", [40, 1003])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_form_is_fused(backend, length, mode):
+def test_every_form_is_fused(monkeypatch, backend, length, mode):
+    # PyTorch's key for a graph does not tell the forms apart.
+    monkeypatch.setattr(torch.compiler.config, "force_disable_caches", True)
     kind, masked = BACKENDS[backend]
     compiled = torch.compile(attend, backend="inductor_moe", fullgraph=True, mode=mode)
     with torch.no_grad(), sdpa_kernel(kind), collected() as reports:
@@ -50,4 +52,5 @@ def test_every_form_is_fused(backend, length, mode):
                 exact = attend(q.double(), k.double(), v.double(), keep)
             assert found.shape == eager.shape
             assert relative_error(found, exact) <= 2 * relative_error(eager, exact)
-    assert [report.counts() for report in reports] == [{"attention_decode": 1}]
+    counts = [report.counts() for report in reports]
+    assert counts == [{"attention_decode": 1}], [str(report) for report in reports]

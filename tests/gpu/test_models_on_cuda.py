@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -17,6 +18,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @functools.cache
 def on_gpu(family, dtype, experts):
+    if "num_key_value_heads" not in family.overrides:
+        # PyTorch's memory-efficient attention is wrong for one expanded head (docs/limits.md).
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        family = dataclasses.replace(family, overrides={**heads, **family.overrides})
     model, exact = zoo.prepare(family.build(), dtype, experts, family.switchable)
     return model.cuda(), exact.cuda()
 

@@ -13,7 +13,12 @@ import zoo
 
 import inductor_moe
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+# One worker builds the packages; compiling them takes minutes beside other tests.
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.xdist_group("packages"),
+    pytest.mark.timeout(400),
+]
 
 FAMILIES = ("qwen3_moe", "qwen3_5_moe_text", "gpt_oss")
 # Head dims that our chunked kernels serve; and more than one head of keys, since PyTorch's
@@ -51,7 +56,7 @@ def made(tmp_path_factory):
         for name, path in paths.items()
     }  # fmt: skip
     for name, process in running.items():
-        output, _ = process.communicate(timeout=200)
+        output, _ = process.communicate(timeout=390)
         assert process.returncode == 0, f"{name}: {output}"
     return paths
 
@@ -123,6 +128,7 @@ print(before - torch.cuda.mem_get_info()[0], weights, states)
 """
 
 
+@pytest.mark.xdist_group("large package")
 def test_weights_are_on_the_gpu_once(tmp_path):
     path = tmp_path / "large.pt2"
     large = {"hidden_size": 512, "moe_intermediate_size": 2048, "num_experts": 8}
