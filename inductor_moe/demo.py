@@ -111,7 +111,7 @@ def choose(
     room = int((free - 4 * LAYER_BYTES - 2e9) / LAYER_BYTES)
     if room < 1:
         return dataclasses.replace(small, dtype=torch.bfloat16)
-    return Setup(device, torch.bfloat16, FULL, min(layers or 4, room), 1024, 16, experts, mode)
+    return Setup(device, torch.bfloat16, FULL, min(layers or 4, room), 256, 16, experts, mode)
 
 
 def run(setup: Setup, stage: Stage) -> Result:

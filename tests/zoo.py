@@ -122,7 +122,8 @@ MOE = (
         delta_layers=1,
     ),
     Family("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2}),
-    Family("olmoe", {"num_experts": 8, "num_experts_per_tok": 2}),
+    # Its norms of queries and keys are as wide as the hidden size: no heads are shared.
+    Family("olmoe", {"num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 2}),
     Family("deepseek_v2", {**DEEPSEEK, **MLA, "topk_method": "group_limited_greedy"}),
     Family("deepseek_v3", {**DEEPSEEK, **MLA}),
     Family("glm4_moe", DEEPSEEK),
