@@ -44,29 +44,8 @@ def load(folder: Path = RESULTS) -> list[Table]:
     found: dict[tuple[str, str, str], Table] = {}
     for path in sorted(folder.glob("*.json")):
         held = json.loads(path.read_text())
-        if "format" not in held:
-            held = _converted(held)
         found.update({(t.op, t.model, t.gpu): t for t in _tables(held)})
     return list(found.values())
-
-
-def _converted(held: dict[str, Any]) -> dict[str, Any]:
-    """A file from before `inductor-moe bench`: one MoE block, a line for each size."""
-    rows = [
-        {
-            "op": "moe-block",
-            "model": held["benchmark"].split()[0],
-            "size": {"tokens": row["tokens"]},
-            "provider": provider,
-            "us": row[f"{provider}_us"],
-            "error": row[f"{provider}_error"],
-            "eager_error": row["eager_error"],
-            "of_ceiling": None,
-        }
-        for row in held["rows"]
-        for provider in ("ours", "inductor")
-    ]
-    return {**held, "versions": {"torch": held["torch"]}, "rows": rows}
 
 
 def _tables(held: dict[str, Any]) -> list[Table]:
