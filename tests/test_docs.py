@@ -97,7 +97,7 @@ def test_what_a_clone_is_told_to_run_is_what_ci_runs():
     (body,) = (body for _, _, _, needs, body in ALL if needs == "clone")
     checks = (ROOT / ".ci" / "run").read_text() + (ROOT / "README.md").read_text()
     for command in (
-        "pip install -c constraints.txt -e '.[test,docs]'",
+        "-c constraints.txt -e '.[test,docs]'",
         "ruff check .",
         ".ci/mypy",
         "pytest -n 2",
