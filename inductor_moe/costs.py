@@ -66,19 +66,21 @@ class Costs:
     flops: int | None = None
 
 
-def costs_of(anchor: fx.Node, added: Iterable[fx.Node]) -> Costs:
+def costs_of(anchor: fx.Node, added: Iterable[fx.Node], orphans: Iterable[fx.Node] = ()) -> Costs:
     """Read the costs of a site from its graph, after the rewrite and before dead code goes.
 
-    anchor  the node at which the site was found
-    added   the nodes that the rewrite inserted or kept as its result
+    anchor   the node at which the site was found
+    added    the nodes that the rewrite inserted or kept as its result
+    orphans  the nodes whose last user the rewrite took away
     """
     ops = [node for node in dict.fromkeys(added) if _name(node)]
     if not ops:
         return Costs()
     needed = [_bytes(node) for node in ops]
     work = [_flops(node) for node in ops]
+    dead = dict.fromkeys([*dead_with(anchor), *_dead_from(orphans, anchor)])
     return Costs(
-        before=_listed(node_name(node) for node in reversed(dead_with(anchor))),
+        before=_listed(node_name(node) for node in reversed(dead)),
         after="; ".join(_signature(node) for node in ops),
         kernels="; ".join(dict.fromkeys(_kernels(node) for node in ops)),
         bytes=None if None in needed else sum(n for n in needed if n is not None),
@@ -100,6 +102,12 @@ def dead_with(anchor: fx.Node) -> list[fx.Node]:
         fresh = [user for user in node.users if user not in seen]
         seen.update(fresh)
         last.extend(fresh)
+    return _dead_from(ends, anchor)
+
+
+def _dead_from(unused: Iterable[fx.Node], anchor: fx.Node) -> list[fx.Node]:
+    """Nodes without users, and those that only they need."""
+    ends = list(unused)
     dead: dict[fx.Node, None] = {}
     while ends:
         node = ends.pop(0)
@@ -110,6 +118,22 @@ def dead_with(anchor: fx.Node) -> list[fx.Node]:
             dead[node] = None
             ends.extend(node.all_input_nodes)
     return list(dead)
+
+
+def joined_calls(earlier: Costs, later: Costs) -> str:
+    """The calls before both rewrites of one site, without the ops that the first one put there."""
+    counts = _counted(earlier.before) + _counted(later.before)
+    counts -= collections.Counter(part.partition("(")[0] for part in earlier.after.split("; "))
+    return _listed(counts.elements())
+
+
+def _counted(listed: str) -> collections.Counter[str]:
+    """The inverse of _listed."""
+    counts: collections.Counter[str] = collections.Counter()
+    for part in listed.split(", ") if listed else ():
+        name, _, number = part.partition(" \N{MULTIPLICATION SIGN}")
+        counts[name] += int(number or 1)
+    return counts
 
 
 def node_name(node: fx.Node) -> str:
@@ -191,6 +215,7 @@ def _bytes(node: fx.Node) -> int | None:
     if _name(node) not in KERNELS:
         return None
     arguments = _arguments(node)
+    arguments.pop("counters", None)  # a call touches one of them
     written = {
         a.name
         for a in compat.schema_of(node.target).arguments
@@ -244,6 +269,12 @@ def _merged_rows(shapes: Shapes) -> int:
     )
 
 
+def _router_flops(shapes: Shapes) -> int:
+    """Those of its linear layers; the norm and the choice are next to nothing."""
+    tokens, hidden = shapes["x"]
+    return 2 * tokens * hidden * (shapes["router"][0] + shapes.get("gate", [0])[0])
+
+
 def _attention_flops(shapes: Shapes) -> int:
     """Two for each number of the cache and each query head that reads it."""
     group = shapes["q"][1] // shapes["k"][1]
@@ -255,6 +286,7 @@ _FLOPS: dict[str, Callable[[Shapes], int]] = {
     "moe_up": _experts_flops,
     "moe_down_combine": _experts_flops,
     "moe_experts_shared": _shared_experts_flops,
+    "moe_router": _router_flops,
     "delta_rule": _delta_flops,
     "delta_decode": lambda shapes: 6 * math.prod(shapes["recurrent_state"]),
     "attention_decode": _attention_flops,

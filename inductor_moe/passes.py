@@ -19,7 +19,7 @@ from torch import fx
 from inductor_moe import compat, lowerings
 from inductor_moe.capture.canonical import canonicalise
 from inductor_moe.config import Options
-from inductor_moe.costs import Costs, costs_of
+from inductor_moe.costs import Costs, costs_of, joined_calls
 from inductor_moe.errors import RewriteFailedWarning, StrictError
 from inductor_moe.patterns import ALL, Refusal, Rewrite
 from inductor_moe.report import Report, Site
@@ -122,7 +122,9 @@ def _joined(
     if not site.matched or anchor not in produced:
         return site
     earlier = history[produced[anchor]]
-    before = ", ".join(part for part in (earlier.before, site.before) if part)
+    before = joined_calls(
+        Costs(before=earlier.before, after=earlier.after), Costs(before=site.before)
+    )
     return dataclasses.replace(site, detail=f"{earlier.detail}; {site.detail}", before=before)
 
 
@@ -138,6 +140,7 @@ def _rewrite_site(
         Site, op=form.op, rewrite=form.name, module=module_of(anchor), source=source_of(anchor)
     )
     before = set(graph.nodes)
+    used = [node for node in graph.nodes if node.users]
     detail = ""
     try:
         site = form.walk(anchor)
@@ -154,12 +157,19 @@ def _rewrite_site(
     if result is not anchor:
         produced[result] = anchor
     added = [*(node for node in graph.nodes if node not in before), result]
-    return describe(detail=detail, **dataclasses.asdict(_costs(anchor, added, options)))
+    orphans = [node for node in reversed(used) if not node.users]
+    if form.origin is not None:
+        origin = form.origin(site)
+        describe = functools.partial(describe, module=module_of(origin), source=source_of(origin))
+    costs = _costs(anchor, added, orphans, options)
+    return describe(detail=detail, **dataclasses.asdict(costs))
 
 
-def _costs(anchor: fx.Node, added: list[fx.Node], options: Options) -> Costs:
+def _costs(
+    anchor: fx.Node, added: list[fx.Node], orphans: list[fx.Node], options: Options
+) -> Costs:
     try:
-        return costs_of(anchor, added)
+        return costs_of(anchor, added, orphans)
     except Exception as error:
         _failed("counting what a rewrite did", error, options)
         return Costs()

@@ -164,5 +164,6 @@ MERGED = Rewrite(
     walk=walk,
     replace=replace,
     describe=MergedSite.describe,
+    origin=lambda site: min(member.node for member in site.members),
     optional=True,
 )

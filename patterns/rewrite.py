@@ -24,6 +24,7 @@ class Rewrite:
               on is not what the op computes; changes nothing
     replace   inserts the op and redirects the users of the site's output
     describe  what was recognised, in a few words
+    origin    the node that stands for a site in reports; None for its anchor
     optional  a refusal is no loss worth reporting: Inductor does well without this rewrite
     """
 
@@ -33,4 +34,5 @@ class Rewrite:
     walk: Callable[[fx.Node], Any]
     replace: Callable[[fx.Graph, Any], fx.Node]
     describe: Callable[[Any], str]
+    origin: Callable[[Any], fx.Node] | None = None
     optional: bool = False

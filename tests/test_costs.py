@@ -61,6 +61,34 @@ def test_nodes_that_something_else_needs_are_not_before():
     assert costs.dead_with(y) == []
 
 
+def test_several_layers_are_before_a_merged_one():
+    """Their input stays, at which the site was found; a report shows the layers instead."""
+
+    class Layers(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.RMSNorm(16)
+            self.first, self.second = (torch.nn.Linear(16, n, bias=False) for n in (8, 24))
+
+        def forward(self, x):
+            x = self.norm(x)
+            return self.first(x), self.second(x)
+
+    (site,) = inductor_moe.explain(Layers(), torch.randn(1, 16)).matched
+    assert site.op == "merged_linear" and site.module == "first"
+    assert site.source.endswith("return self.first(x), self.second(x)")
+    assert "mm \N{MULTIPLICATION SIGN}2" in site.before and "rsqrt" not in site.before
+    assert site.flops == 2 * 16 * (8 + 24) and site.bytes == 4 * (16 + 16 * 32 + 32)
+
+
+def test_calls_of_one_site_are_counted_together():
+    times = "\N{MULTIPLICATION SIGN}"
+    earlier = costs.Costs(before=f"view {times}2, topk", after="moe_route(logits [1, 8])")
+    later = costs.Costs(before="mm, view, moe_route")
+    assert costs.joined_calls(earlier, later) == f"view {times}3, topk, mm"
+    assert costs.joined_calls(costs.Costs(), costs.Costs()) == ""
+
+
 def test_a_failure_to_count_is_no_failure_to_fuse(monkeypatch):
     from inductor_moe import passes
 

@@ -1,4 +1,8 @@
-"""Every Python block of the README runs, in order, and its commands are those that CI runs."""
+"""Every block of the README runs, in order: those that need time as a slow test.
+
+The two commands are what CI runs: the second as it is, the first as its install and the tests of
+the demo.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +11,57 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from inductor_moe.config import Options
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(python|sh)( needs=\"time\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = [(language, bool(time), body) for language, time, body in FENCE.findall(README)]
+COMMANDS = 2  # install and demo, install and tests
+
+
+def blocks(language: str, time: bool = False) -> list[str]:
+    """The bodies of a language's blocks, with `time` also those that need it."""
+    return [body for name, slow, body in BLOCKS if name == language and (time or not slow)]
+
+
+def run(command: list[str], folder: Path) -> str:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_no_block_is_passed_over():
+    assert README.count("```") == 2 * len(BLOCKS)
+    assert len(blocks("sh")) == COMMANDS
 
 
 def test_python_blocks_run(tmp_path):
     script = tmp_path / "readme.py"
     script.write_text("\n".join(blocks("python")))
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    assert "moe_experts" in done.stdout
+    assert "moe_experts" in run([sys.executable, str(script)], tmp_path)
+
+
+@pytest.mark.slow
+def test_all_blocks_run(tmp_path):
+    """The shell's find a script with a model, and the package that the Python blocks left."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    script = tmp_path / "readme.py"
+    script.write_text("\n".join(blocks("python", time=True)))
+    run([sys.executable, str(script)], tmp_path)
+    (tmp_path / "my_package").mkdir()
+    for name in ("my_model.py", "my_package/models.py"):
+        (tmp_path / name).write_text(
+            blocks("python")[0].partition("compiled =")[0]
+            + "def build():\n    return model, (torch.arange(16)[None],)\n"
+        )
+    for body in blocks("sh", time=True)[COMMANDS:]:
+        run(["bash", "-euo", "pipefail", "-c", body], tmp_path)
+    assert (tmp_path / "report.html").exists() and (tmp_path / "report.json").exists()
 
 
 def test_usage_comes_first_and_is_short():
@@ -35,7 +72,7 @@ def test_usage_comes_first_and_is_short():
 
 
 def test_two_commands():
-    demo, tests = blocks("sh")[:2]
+    demo, tests = blocks("sh")
     assert demo.endswith("&& inductor-moe demo\n") and "[demo]" in demo
     assert tests.endswith("&& pytest -n 2\n") and "[test]" in tests
     matches = [line for line in README.splitlines() if "&& pytest" in line]

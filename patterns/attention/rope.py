@@ -223,5 +223,6 @@ ROPE = Rewrite(
     walk=walk,
     replace=replace,
     describe=RopeSite.describe,
+    origin=lambda site: site.q.output,
     optional=True,
 )
