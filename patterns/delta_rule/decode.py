@@ -317,7 +317,7 @@ def _read_norm(out: fx.Node, value_sizes: tuple[Any, ...]) -> Norm | None:
             break
         rows = user
     exit_node = _exit(rows)
-    if exit_node is None or not same_sizes(sizes(exit_node), sizes(rows)):
+    if exit_node is None or not same_sizes(*(without_ones(sizes(x)) for x in (exit_node, rows))):
         return None
     inputs = [leaf for leaf in leaves(exit_node, stop=(rows,)) if leaf is not rows]
     weights = [x for x in inputs if same_sizes(sizes(x), (width,))]

@@ -60,7 +60,7 @@ class Step(nn.Module):
         z = (x @ self.gate).reshape(-1, VALUE)
         out = self.step("normalise", self.normalise)(out.reshape(-1, VALUE), self.norm, z)
         extra = self.step("extra", None)
-        result = out.reshape(batch, -1)
+        result = self.step("place", lambda v: v)(out).reshape(batch, -1)
         return (result, extra(conv_state, state, mixed)) if extra else result
 
     @staticmethod
@@ -200,6 +200,12 @@ OTHER_NORMS = {
 @pytest.mark.parametrize("name", NORMS)
 def test_a_norm_with_another_constant_is_fused(name):
     assert run(normalise=NORMS[name]).detail.endswith("gated norm")
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_norm_put_back_in_its_place_is_fused(batch):
+    site = run(batch, place=lambda out: out.reshape(batch, 1, VALUE_HEADS, VALUE))
+    assert site.detail.endswith("gated norm")
 
 
 @pytest.mark.parametrize("name", OTHER_NORMS)
