@@ -43,7 +43,7 @@ def close(found, eager, reference):
     assert error <= 2 * budget + 1e-6, f"fused {error:.2e}, eager {budget:.2e}"
 
 
-@pytest.mark.parametrize("family", each(quick=("qwen3_5_moe_text", "olmo_hybrid")))
+@pytest.mark.parametrize("family", each(quick=("qwen3_5_moe_text",)))
 def test_one_dynamic_graph_serves_every_length(family):
     model, exact = zoo.prepare(built(family), torch.float32, "batched_mm", family.switchable)
     compiled = torch.compile(model, backend=graph_backend(), fullgraph=True, dynamic=True)
