@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from inductor_moe import lowerings
 from inductor_moe.backend import collected
-from inductor_moe.bench import models
+from inductor_moe.bench import models, results
 from inductor_moe.bench.session import DECODE_EXPERTS, PREFILL_EXPERTS, Session
 from inductor_moe.report import merge
 from inductor_moe.testing import relative_error
@@ -84,10 +83,9 @@ def measure(name: str, scheme: str, layers: int | None, prompt: int, steps: int)
             })  # fmt: skip
     return {
         "model": f"{name} {scheme}", "layers": layers, "prompt": prompt, "decode": steps,
-        "report": merge(reports).summary(), "torch": torch.__version__,
+        "report": merge(reports).summary(), "versions": results.versions(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                                 check=False).stdout.strip(),
+        "commit": results.commit(),
         "rows": rows,
     }  # fmt: skip
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ import torch
 
 import inductor_moe
 from inductor_moe import lowerings
-from inductor_moe.bench import models
+from inductor_moe.bench import models, results
 from inductor_moe.bench.session import Decode, Session
 
 
@@ -52,10 +51,9 @@ def measure(name: str, scheme: str, layers: int | None, steps: int) -> dict[str,
         "finite": bool(logits.isfinite().all()), "differ_at": differ,
         "margins_there": [float(best[at, 0] - best[at, 1]) for at in differ],
         "median_margin": float((best[:, 0] - best[:, 1]).median()),
-        "distinct_tokens": len(set(tokens[0].tolist())), "torch": torch.__version__,
+        "distinct_tokens": len(set(tokens[0].tolist())), "versions": results.versions(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                                 check=False).stdout.strip(),
+        "commit": results.commit(),
     }  # fmt: skip
 
 
