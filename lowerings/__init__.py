@@ -11,8 +11,10 @@ import functools
 @functools.cache
 def install() -> None:
     """Register every lowering with Inductor. Idempotent."""
+    from inductor_moe import compat
     from inductor_moe.lowerings import attention, delta_rule, merged_linear, moe, quant
 
+    compat.remember_launches()
     attention.register()
     moe.register()
     delta_rule.register()

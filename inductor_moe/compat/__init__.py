@@ -24,6 +24,7 @@ from inductor_moe.compat.compiling import (
     tracing_backend_is_ours,
     turn_on_dynamo_setting,
 )
+from inductor_moe.compat.launches import remember_launches, remembering
 from inductor_moe.compat.lowering import (
     fake_arguments,
     is_symbolic,
@@ -81,6 +82,8 @@ __all__ = [
     "pt2_reader",
     "real_tensors",
     "register_lowering",
+    "remember_launches",
+    "remembering",
     "reset_cudagraphs",
     "run_post_grad_passes",
     "runs_triton_kernels",

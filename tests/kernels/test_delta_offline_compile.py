@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from delta_inputs import decode_inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import (
@@ -136,26 +137,6 @@ def sequence(tokens, per_channel, width=128, heads=2, value_heads=4, dtype=torch
     beta = torch.empty(1, tokens, value_heads, dtype=dtype)
     state = torch.empty(1, value_heads, width, width)
     return q, torch.empty_like(q), v, g, beta, state, width**-0.5, 1e-6
-
-
-def decode_inputs(batch=4, width=128, heads=2, value_heads=4):
-    channels = (2 * heads + value_heads) * width
-    half = {"dtype": torch.bfloat16}
-    return (
-        torch.empty(batch, channels, **half),
-        torch.empty(batch, channels, 4, **half),
-        torch.empty(channels, 4, **half),
-        None,
-        torch.empty(batch, value_heads, **half),
-        torch.empty(batch, value_heads, **half),
-        torch.empty(value_heads),
-        torch.empty(value_heads),
-        torch.empty(batch, value_heads, width, width),
-        torch.empty(batch, value_heads, width, **half),
-        torch.empty(width),
-        None,
-        width**-0.5,
-    )
 
 
 CASES = {

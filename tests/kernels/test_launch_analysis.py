@@ -1,0 +1,110 @@
+"""Inductor's analysis of our launches: right, and done once for launches that are alike."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import triton
+from delta_inputs import decode_inputs
+from torch._higher_order_ops import triton_kernel_wrap as wrap
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
+from triton.backends.compiler import GPUTarget
+
+from inductor_moe import compat
+from inductor_moe.kernels.delta_decode import delta_decode
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="compiles: not under the interpreter"
+)
+
+WRITTEN = [{"state", "out"}, {"conv_state", "out"}]  # of the step and of its tail
+
+
+class Driver:
+    """As much of a GPU's driver as the analysis asks for."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def generated(monkeypatch):
+    """The launches whose Triton IR was generated, by kernel name."""
+    names = []
+
+    def counting(kernel, *rest):
+        names.append(kernel.fn.__name__)
+        return generate(kernel, *rest)
+
+    generate = wrap.generate_ttir
+    monkeypatch.setattr(wrap, "generate_ttir", counting)
+    for name in ("identify_accessed_tensors", "identify_mutated_tensors"):
+        if hasattr(wrap, name):
+            own = getattr(wrap, name)
+            fresh = compat.remembering(getattr(own, "__wrapped__", own))
+            monkeypatch.setattr(wrap, name, fresh)
+    driver = triton.runtime.driver
+    driver.set_active(Driver())
+    yield names
+    driver.set_active(None)
+
+
+def launches(arguments, calls):
+    """The arguments of the launches of so many decode steps."""
+    fake = FakeTensorMode()
+    with fake:
+        tensors = tree_map_only(
+            torch.Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda"), arguments
+        )
+
+        def steps(*given):
+            return [delta_decode(*given) for _ in range(calls)]
+
+        graph = make_fx(steps)(*tensors).graph
+    return [
+        {
+            **node.kwargs,
+            "kwargs": {
+                name: value.meta["val"] if isinstance(value, torch.fx.Node) else value
+                for name, value in node.kwargs["kwargs"].items()
+            },
+        }
+        for node in graph.nodes
+        if "triton_kernel_wrapper" in str(node.target)
+    ]
+
+
+def mutated(launch):
+    return wrap.get_mutated_tensors(
+        launch["kernel_idx"], launch["constant_args_idx"], launch["kwargs"],
+        launch["tma_descriptor_metadata"],
+    )  # fmt: skip
+
+
+def test_launches_of_every_layer_are_analysed_once(generated):
+    found = [mutated(launch) for launch in launches(decode_inputs(), 3)]
+    assert [set(names) for names in found] == WRITTEN * 3
+    assert sorted(generated) == ["delta_decode_kernel", "delta_decode_tail_kernel"]
+
+
+def test_another_dtype_is_another_launch(generated):
+    arguments = list(decode_inputs())
+    first = [mutated(launch) for launch in launches(arguments, 1)]
+    arguments[8] = arguments[8].bfloat16()  # the recurrent state, which the tail does not see
+    second = [mutated(launch) for launch in launches(arguments, 1)]
+    assert first == second
+    assert generated.count("delta_decode_kernel") == 2
+    assert generated.count("delta_decode_tail_kernel") == 1
+
+
+def test_kernels_of_others_are_not_remembered():
+    calls = []
+    analyse = compat.remembering(lambda *arguments: calls.append(arguments) or [])
+    kernel = triton.JITFunction(triton.language.zeros_like.fn)
+    for _ in range(2):
+        analyse(kernel, {"x": 1}, {})
+    assert len(calls) == 2
