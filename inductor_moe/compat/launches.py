@@ -58,7 +58,7 @@ def _launch(kernel: Any, kwargs: Mapping[str, Any]) -> Hashable | None:
 
 
 def _kind(value: Any) -> Hashable:
-    import sympy
+    import sympy  # type: ignore[import-untyped]
     from torch._inductor.ir import TensorBox
 
     if isinstance(value, torch.Tensor | TensorBox):
