@@ -76,6 +76,8 @@ def export_generation(
                 check_strict(report)
             audit.check_files(files[method], fusion.origins, method)
             methods[method] = _constants(model, constants, table)
+            # Lest what this method needed stays in memory while the next one is compiled.
+            del exported, constants, patches, fusion
     config = model.config.get_text_config(decoder=True)
     archive.write(
         package_path,

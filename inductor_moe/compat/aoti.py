@@ -38,10 +38,9 @@ def aoti_compile(
         "aot_inductor.package_constants_in_so": False,
         "aot_inductor.package_constants_on_disk_format": "pickle_weights",
     }
+    program = _share_buffers(exported_program)
     with keep_matmuls(exported_program.graph):
-        found: Any = module.aot_compile(
-            exported_program.module(check_guards=False), arguments, keywords, options=patches
-        )
+        found: Any = module.aot_compile(program, arguments, keywords, options=patches)
     files = [item for item in found if isinstance(item, str) and item]
     constants: dict[str, torch.Tensor] = {}
     for item in found:
@@ -52,6 +51,24 @@ def aoti_compile(
                 tensor, tuple(properties.shape), tuple(properties.stride), properties.offset
             )
     return files, constants
+
+
+def _share_buffers(exported_program: Any) -> torch.fx.GraphModule:
+    """The program as a module, the buffers that it does not change as parameters.
+
+    AOTInductor copies every buffer, because tracing could change it: packed weights would be in
+    memory twice.
+    """
+    program: torch.fx.GraphModule = exported_program.module(check_guards=False)
+    changed = set(exported_program.graph_signature.buffers_to_mutate.values())
+    for path, buffer in list(program.named_buffers(remove_duplicate=False)):
+        if path in changed:
+            continue
+        parent, _, name = path.rpartition(".")
+        owner = program.get_submodule(parent)
+        del owner._buffers[name]
+        owner.register_parameter(name, torch.nn.Parameter(buffer, requires_grad=False))
+    return program
 
 
 def write_pt2(path: Path, files: Mapping[str, Any], records: Mapping[str, Any]) -> None:
