@@ -3,13 +3,16 @@
 Layers of Qwen3.5-35B-A3B with random bf16 weights, both in one process: the package replays its
 CUDA graph, the other compiles transformers' unmodified model with a StaticCache and the package's
 own sampler (`--argmax`: the most likely token, in the package too), its token fed back. Both are
-timed from token to token on the CPU's clock, the token copied to the CPU, and both must give the
-same first token. `check` runs tiny models and no timing.
+timed from token to token on the CPU's clock, the token copied to the CPU. The first token of each
+must be as likely in fp32 as the most likely one, to within what bf16 changes: with random weights
+the best logits are close together, and a router near a tie sends a row to other experts. `check`
+runs tiny models and no timing.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
@@ -83,6 +86,19 @@ class Compiled:
         return int(self.token)
 
 
+class FirstToken:
+    """How much less likely in fp32 a token is than the best one, and how much bf16 explains."""
+
+    def __init__(self, model: Any, prompt: torch.Tensor) -> None:
+        self.exact = copy.deepcopy(model).float()(prompt, logits_to_keep=1).logits[0, -1]
+        found = model(prompt, logits_to_keep=1).logits[0, -1].float()
+        # Three standard deviations of the difference of two logits.
+        self.allowed = float(3 * 2**0.5 * (found - self.exact).square().mean().sqrt())
+
+    def deficit(self, token: int) -> float:
+        return float(self.exact.max() - self.exact[token])
+
+
 def milliseconds_per_token(step: Any) -> tuple[float, float]:
     """(median, spread) over rounds."""
     for _ in range(WARM_UP):
@@ -135,7 +151,9 @@ def main() -> int:
             row = milliseconds_per_token(compiled)
             result[f"{backend}_ms"], result[f"{backend}_spread_ms"] = row
             result[f"package_over_{backend}"] = row[0] / result["package_ms"]
-    result["tokens"] = tokens
+    first = FirstToken(model, prompt)
+    deficits = {name: first.deficit(found[0]) for name, found in tokens.items()}
+    result |= {"tokens": tokens, "deficits": deficits, "allowed_deficit": first.allowed}
     result |= {
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "torch": torch.__version__,
@@ -145,8 +163,7 @@ def main() -> int:
     print(json.dumps(result, indent=2))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(result, indent=2))
-    # In bf16 with random weights the first tokens agree; later ones may part at a near-tie.
-    return int(any(found[0] != tokens["package"][0] for found in tokens.values()))
+    return int(max(deficits.values()) > first.allowed)
 
 
 if __name__ == "__main__":
