@@ -317,7 +317,7 @@ def time_all(
 
     decode_variants: dict[str, dict[str, Any]] = {"default": {}}
     if variants:
-        tiles = ((16, 2), (32, 4), (64, 4), (128, 8))
+        tiles = ((16, 2), (32, 4), (64, 4), (128, 8), (128, 16), (256, 8), (256, 16), (256, 32))
         for value, warps in tiles:
             decode_variants[f"{value} wide, {warps} warps"] = {"tile": Tile(WIDTH, value, warps)}
     for batch in (1, 8, 32, 128, 256):

@@ -10,6 +10,7 @@ to the inputs disappear.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -288,17 +289,16 @@ def _read_gates(g: fx.Node, beta: fx.Node) -> Gates:
          if computes(beta, strengths, [values], lambda b, s=s: s * torch.sigmoid(b))),
         None,
     )  # fmt: skip
-    inputs = leaves(g)
-    heads = sizes(g)[2:]
-    rows = [x for x in inputs if same_sizes(without_ones(sizes(x)), without_ones(sizes(g)))
-            and len(sizes(x)) > 1]  # fmt: skip
-    vectors = [x for x in inputs if x not in rows and same_sizes(sizes(x), heads)]
-    if scale is None or len(heads) != 1 or len(inputs) != 3 or len(rows) != 1 or len(vectors) != 2:
+    inputs, shape = leaves(g), sizes(g)
+    if scale is None or len(shape) != 3 or len(inputs) != 3:
         return given
     probes = [probe(4096, seed=3, scale=8.0), probe(4096, seed=4), probe(4096, seed=5)]
-    for A_log, dt_bias in (vectors, vectors[::-1]):
-        if computes(g, [rows[0], A_log, dt_bias], probes, _log_decay):
-            return Gates(rows[0], strengths[0], "softplus", A_log, dt_bias, scale)
+    # one row of a has the shape of A_log and dt_bias
+    for a, A_log, dt_bias in itertools.permutations(inputs):
+        per_row = same_sizes(without_ones(sizes(a)), without_ones(shape))
+        per_head = all(same_sizes(sizes(x), shape[2:]) for x in (A_log, dt_bias))
+        if per_row and per_head and computes(g, [a, A_log, dt_bias], probes, _log_decay):
+            return Gates(a, strengths[0], "softplus", A_log, dt_bias, scale)
     return given
 
 

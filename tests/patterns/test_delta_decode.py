@@ -115,6 +115,18 @@ def test_a_whole_step_is_fused(batch, length, width, bias):
     assert site.detail.endswith("updated in place, gates, gated norm")
 
 
+def flat(decay):
+    """The gates of one row that has lost its batch dim, as a product of one row on a GPU has."""
+    return lambda a, A, t: decay(a.flatten(), A, t)[None, None]
+
+
+def test_gates_of_one_row_are_fused_whatever_its_dims():
+    site = run(1, decay=flat(Step.decay))
+    assert site.detail.endswith("gates, gated norm")
+    site = run(1, decay=flat(lambda a, A, t: -A.exp() * F.softplus(a * t)))
+    assert "gates left to Inductor" in site.detail
+
+
 def by_sums(q, k, v, g, beta, state, scale, eps):
     q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps) for x in (q, k))
     q, k, v, beta = q[:, 0] * scale, k[:, 0], v[:, 0], beta[:, 0]
