@@ -1,37 +1,19 @@
-"""The delta-rule kernels under Triton's interpreter, against the recurrence in float64.
-
-The interpreter is chosen when a kernel is defined, so this file runs itself again in a process of
-its own; everywhere else kernels stay compiled.
-"""
+"""The delta-rule kernels under Triton's interpreter, against the recurrence in float64."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels.interpreted import Interpreted
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-inside = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
-
-if INTERPRETED:
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    from inductor_moe.kernels import (
-        delta_chunk,
-        delta_chunk_channel,
-        delta_decode,
-        delta_recurrent,
-    )
-    from inductor_moe.kernels.delta_launch import Tile
-    from inductor_moe.kernels.delta_rule import delta_rule, delta_rule_padded
-    from inductor_moe.reference import delta_rule as reference
+from inductor_moe.kernels import delta_chunk, delta_chunk_channel, delta_decode, delta_recurrent
+from inductor_moe.kernels.delta_launch import Tile
+from inductor_moe.kernels.delta_rule import delta_rule, delta_rule_padded
+from inductor_moe.reference import delta_rule as reference
 
 TOKENS = (
     1, 2, 7, 8, 9, 32, 63, 64, 65, 128,
@@ -41,12 +23,10 @@ GATES = ("head", "channel", "none")
 HEADS, VALUE_HEADS, KEY, VALUE = 1, 2, 40, 24
 
 
-@pytest.mark.skipif(INTERPRETED, reason="starts that process")
-def test_under_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+@pytest.fixture(autouse=True)
+def interpreted_kernels(monkeypatch):
+    for module in (delta_chunk, delta_chunk_channel, delta_decode, delta_recurrent):
+        monkeypatch.setattr(module, "traced", Interpreted)
 
 
 @pytest.fixture(autouse=True)
@@ -65,32 +45,6 @@ def poisoned_buffers(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(plain(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(method(*a, **k)))
-
-
-@pytest.fixture(autouse=True)
-def rounding_bf16(monkeypatch):
-    """The interpreter multiplies bf16 bit patterns as integers and truncates on the way down."""
-    if not INTERPRETED:
-        return
-    builder = interpreter.InterpreterBuilder
-    dot, cast = builder.create_dot, builder.cast_impl
-
-    def widened(x):
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        bits = x.data.astype(np.uint32) << 16
-        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
-
-    def rounded(self, x, dtype):
-        if x.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
-            return cast(self, x, dtype)
-        values = torch.from_numpy(np.ascontiguousarray(x.data)).bfloat16()
-        return interpreter.TensorHandle(values.view(torch.uint16).numpy(), tl.bfloat16)
-
-    monkeypatch.setattr(
-        builder, "create_dot", lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
-    )
-    monkeypatch.setattr(builder, "cast_impl", rounded)
 
 
 def inputs(tokens, gate="head", batch=1, dtype=torch.float32, key=KEY, value=VALUE, decay=2.0):
@@ -149,7 +103,6 @@ def low_precision(arguments):
         torch.Tensor.__matmul__ = matmul
 
 
-@inside
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_dispatch_is_as_exact_as_the_recurrence(tokens, gate):
@@ -161,7 +114,6 @@ def test_dispatch_is_as_exact_as_the_recurrence(tokens, gate):
             assert error(got, exact) <= 2 * error(other, exact) + 1e-6
 
 
-@inside
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("eps", (1e-6, None))
@@ -178,7 +130,6 @@ def test_chunks_in_low_precision(dtype, gate, eps):
         assert error(got, exact) <= 2 * error(other, exact)
 
 
-@inside
 @pytest.mark.parametrize(("key", "value"), ((16, 16), (24, 96), (128, 24), (256, 16), (16, 256)))
 @pytest.mark.parametrize("gate", GATES)
 def test_head_dims(key, value, gate):
@@ -189,7 +140,6 @@ def test_head_dims(key, value, gate):
             assert error(got, exact) < 2e-6
 
 
-@inside
 @pytest.mark.parametrize("gate", GATES)
 def test_chunks_equal_steps_and_parts_equal_the_whole(gate):
     arguments = inputs(100, gate)
@@ -210,7 +160,6 @@ def test_chunks_equal_steps_and_parts_equal_the_whole(gate):
     torch.testing.assert_close(arguments["state"], final, rtol=1e-4, atol=1e-5)
 
 
-@inside
 @pytest.mark.parametrize("gate", GATES)
 def test_unaligned_rows_are_copied(gate):
     arguments = inputs(20, gate, key=64, value=64)
@@ -223,7 +172,6 @@ def test_unaligned_rows_are_copied(gate):
         assert torch.equal(got, want)
 
 
-@inside
 @pytest.mark.parametrize("tokens", (3, 70))
 def test_batch_of_one_equals_a_row(tokens):
     arguments = inputs(tokens, batch=3)
@@ -234,7 +182,6 @@ def test_batch_of_one_equals_a_row(tokens):
     assert torch.equal(last[0], final[1])
 
 
-@inside
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("path", ("chunk", "steps"))
 def test_packed_sequences(gate, path):
@@ -258,7 +205,6 @@ def test_packed_sequences(gate, path):
         assert error(final[n : n + 1], last) < 2e-6
 
 
-@inside
 @pytest.mark.parametrize("tokens", (5, 80))
 @pytest.mark.parametrize("gate", ("head", "channel"))
 @pytest.mark.parametrize("decay", (0.0, 300.0, float("inf")))
@@ -275,7 +221,6 @@ def test_extremes_are_finite_and_right(tokens, gate, decay, strength):
     assert error(final, want_final) < 1e-3
 
 
-@inside
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("tokens", (3, 70))
 def test_padded_and_transposed_strides(gate, tokens):
@@ -289,7 +234,6 @@ def test_padded_and_transposed_strides(gate, tokens):
         assert torch.equal(got, want)
 
 
-@inside
 def test_state_absent_or_bf16():
     arguments = inputs(70)
     out, _ = dispatched(**arguments | {"state": None})
@@ -345,7 +289,6 @@ def check_decode(given, tile=None, **changed):
     assert error(given["recurrent_state"], wide["recurrent_state"]) < 2e-6
 
 
-@inside
 @pytest.mark.parametrize("columns", (16, 32, 64))
 @pytest.mark.parametrize("gate", ("softplus", "sigmoid", "given"))
 @pytest.mark.parametrize("per_channel", (False, True))
@@ -355,7 +298,6 @@ def test_decode_by_blocks_heads_and_groups(columns, gate, per_channel):
     check_decode(given, Tile(32, columns, 4), gate=gate, beta_scale=scale)
 
 
-@inside
 @pytest.mark.parametrize(("length", "width"), ((3, 4), (4, 4), (6, 3), (2, 2)))
 def test_decode_convolution_widths(length, width):
     check_decode(decode_inputs(length=length, width=width))
@@ -363,7 +305,6 @@ def test_decode_convolution_widths(length, width):
     check_decode(given, Tile(32, 64, 4))
 
 
-@inside
 @pytest.mark.parametrize("columns", (16, 64))
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
 def test_decode_shifts_packed_states(columns, dtype):
@@ -376,7 +317,6 @@ def test_decode_shifts_packed_states(columns, dtype):
     assert torch.equal(given["conv_state"][..., -1], given["qkv"])
 
 
-@inside
 @pytest.mark.parametrize("columns", (16, 64))
 @pytest.mark.parametrize("norm", ("sigmoid", "plain", "none"))
 def test_decode_norms(norm, columns):
@@ -388,13 +328,11 @@ def test_decode_norms(norm, columns):
     check_decode(given, Tile(32, columns, 4), norm_activation="sigmoid")
 
 
-@inside
 @pytest.mark.parametrize(("key", "value"), ((40, 24), (128, 128), (24, 256)))
 def test_decode_head_dims(key, value):
     check_decode(decode_inputs(key=key, value=value))
 
 
-@inside
 @pytest.mark.parametrize("columns", (16, 32, 64))
 def test_decode_slots(columns):
     given = decode_inputs(batch=3, rows=5) | {"slots": torch.tensor([4, -1, 0])}
@@ -403,7 +341,6 @@ def test_decode_slots(columns):
     assert torch.equal(given["recurrent_state"][1:4], untouched)
 
 
-@inside
 def test_decode_padded_strides_over_32_steps():
     given = decode_inputs()
     for name in ("recurrent_state", "conv_state", "z", "qkv", "conv_weight"):
