@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from inductor_moe.backend import collected
 from inductor_moe.ops.delta_rule import delta_rule
-from inductor_moe.testing import capture, relative_error
+from inductor_moe.testing import capture, graph_backend, relative_error
 
 HEADS, VALUE_HEADS, KEY, VALUE, HIDDEN = 2, 4, 16, 24, 40
 CHANNELS = 2 * HEADS * KEY + VALUE_HEADS * VALUE
@@ -83,15 +84,15 @@ def run(batch=2, steps=3, **knobs):
         torch.randn(batch, VALUE_HEADS, KEY, VALUE),
     ]
     expected, found = copy.deepcopy(initial), copy.deepcopy(initial)
-    graphs = []
-    for _ in range(steps):
-        x = torch.randn(batch, HIDDEN)
-        with torch.no_grad():
-            wanted = model(x, *expected)
-        got, report = capture(model, x, *found, graphs=graphs)
-        leaves = torch.utils._pytree.tree_leaves
-        for left, right in zip(leaves((got, found)), leaves((wanted, expected)), strict=True):
-            assert relative_error(left, right) < 2e-6
+    compiled = torch.compile(model, backend=graph_backend(), fullgraph=True)
+    with torch.no_grad(), collected() as reports:
+        for _ in range(steps):
+            x = torch.randn(batch, HIDDEN)
+            wanted, got = model(x, *expected), compiled(x, *found)
+            leaves = torch.utils._pytree.tree_leaves
+            for left, right in zip(leaves((got, found)), leaves((wanted, expected)), strict=True):
+                assert relative_error(left, right) < 2e-6
+    (report,) = reports
     (site,) = report.matched
     assert not report.refused
     return site
