@@ -1,4 +1,4 @@
-"""`parallelize`: the experts of a model in memory, each rank of a mesh keeping its share."""
+"""`parallelize`: experts and heads of a model in memory, each rank of a mesh keeping its share."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from inductor_moe.errors import ParallelError
+from inductor_moe.parallel_heads import Sum, keep_heads, layers_to_share
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -24,12 +25,14 @@ class Parallelization:
     """What `parallelize` did on this rank.
 
     modules       the experts modules that were sharded, in the model's order
-    rank, ranks   this rank's place on the mesh, and how many share the experts
-    bytes_before  of the experts' parameters and buffers as they were
+    heads         the attention and delta-rule layers whose heads were, likewise
+    rank, ranks   this rank's place on the mesh, and how many share the model
+    bytes_before  of the parameters and buffers of all of these as they were
     bytes_after   of what this rank keeps
     """
 
     modules: tuple[str, ...]
+    heads: tuple[str, ...]
     rank: int
     ranks: int
     bytes_before: int
@@ -38,7 +41,8 @@ class Parallelization:
     def __str__(self) -> str:
         return (
             f"rank {self.rank} of {self.ranks} keeps its share of {len(self.modules)} experts "
-            f"modules: {self.bytes_before / 1e9:.2f} GB -> {self.bytes_after / 1e9:.2f} GB"
+            f"modules and of the heads of {len(self.heads)} layers: "
+            f"{self.bytes_before / 1e9:.2f} GB -> {self.bytes_after / 1e9:.2f} GB"
         )
 
 
@@ -47,9 +51,10 @@ def parallelize(
     device_mesh: DeviceMesh,
     *,
     dim: str | None = None,
+    heads: bool = True,
     timeout: float = 60.0,
 ) -> Parallelization:
-    """Shard the experts of a model over a mesh, in place; everything else stays replicated.
+    """Shard experts and heads of a model over a mesh, in place; the rest stays replicated.
 
     Every rank calls this with the same whole model in memory (a few values of each tensor are
     compared). Rank r of n keeps experts r * E / n to (r + 1) * E / n - 1 of each experts module of
@@ -57,38 +62,50 @@ def parallelize(
     the router's choices before the experts, and one all-reduce after them sums the ranks'
     results. Routers and shared experts run on every rank, outside of that sum.
 
+    The heads of attention and delta-rule layers are cut into as many parts as fit: ranks and heads
+    divide by it, and key heads too or several parts keep the same one. The projection after them
+    ends in one all-reduce. With more ranks than parts, some ranks keep what others have. Layers
+    of other kinds than `parallel_heads` lists stay whole, as do all with one part.
+
     model        experts modules as transformers writes them: called with (hidden_states [T, H],
                  ids [T, K], weights [T, K]), the number of experts in `num_experts`
     device_mesh  of one dimension, or of several with `dim` naming the one to shard over
+    heads        whether attention and delta-rule layers are sharded
     timeout      seconds to wait for the other ranks here. Later collectives wait as long as the
                  process group's own timeout says
     returns      what this rank keeps
 
     Raises ParallelError on every rank, before anything is changed, if the experts of any rank do
-    not divide by the number of ranks, if the ranks' models differ, or if the mesh does not fit. A
-    rank that does not arrive within `timeout` is an error on the others.
+    not divide by the number of ranks, if packed weights cannot be cut between heads, if the ranks'
+    models differ, or if the mesh does not fit. A rank that does not arrive within `timeout` is an
+    error on the others.
     """
     mesh = _one_dimension(device_mesh, dim)
     group, rank, ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
-    problem, found, signature = "", [], []
+    problem, found, layers, signature = "", [], [], []
     try:
         found = _found(model, mesh.device_type, ranks)
+        layers = layers_to_share(model, ranks) if heads else []
+        for layer in layers:
+            _check_tensors(layer.name, layer.module, mesh.device_type)
         signature = _signature(model)
     except ParallelError as error:
         problem = str(error)
     _agree(group, problem, signature, timeout)
 
-    before = after = 0
+    touched = [*(module for _, module in found), *(layer.module for layer in layers)]
+    before = sum(map(_bytes, touched))
     for _, module in found:
         count = int(module.num_experts) // ranks  # type: ignore[arg-type]
         with torch.no_grad():
-            before += _bytes(module)
             _keep(module, rank * count, count)
-            after += _bytes(module)
         routing = _Local(rank * count, count)
         module.register_forward_pre_hook(routing)
-        module.register_forward_hook(_Sum(group))
-    return Parallelization(tuple(name for name, _ in found), rank, ranks, before, after)
+        module.register_forward_hook(Sum(group))
+    for layer in layers:
+        keep_heads(layer, rank, group)
+    names = tuple(name for name, _ in found), tuple(layer.name for layer in layers)
+    return Parallelization(*names, rank, ranks, before, sum(map(_bytes, touched)))
 
 
 class _Local:
@@ -112,17 +129,6 @@ class _Local:
             weights.masked_fill(others, 0.0),
             *rest,
         )
-
-
-class _Sum:
-    """Adds up the results of all ranks."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-
-    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
-        dist.all_reduce(output, group=self.group)
-        return output
 
 
 def _one_dimension(mesh: DeviceMesh, dim: str | None) -> DeviceMesh:
@@ -185,17 +191,27 @@ def _found(model: nn.Module, device: str, ranks: int) -> list[tuple[str, nn.Modu
                 f"parallelize: {name} runs the experts implementation {chosen!r}; call "
                 f"model.set_experts_implementation with one of {', '.join(IMPLEMENTATIONS)}"
             )
+        _check_tensors(name, module, device)
         for leaf, tensor in _tensors(module):
-            if tensor.device.type != device:
+            if tensor.dim() == 0 or len(tensor) != experts:
                 raise ParallelError(
-                    f"parallelize: {name}.{leaf} is on {tensor.device}; the mesh is of {device}"
-                )
-            if type(tensor.data) is not Tensor or tensor.dim() == 0 or len(tensor) != experts:
-                raise ParallelError(
-                    f"parallelize: {name}.{leaf} is a {type(tensor.data).__name__} of shape "
-                    f"{list(tensor.shape)}; it must be a plain tensor [{experts}, ...]"
+                    f"parallelize: {name}.{leaf} has shape {list(tensor.shape)}; it must be "
+                    f"[{experts}, ...]"
                 )
     return found
+
+
+def _check_tensors(name: str, module: nn.Module, device: str) -> None:
+    for leaf, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.device.type != device:
+            raise ParallelError(
+                f"parallelize: {name}.{leaf} is on {tensor.device}; the mesh is of {device}"
+            )
+        if type(tensor.data) is not Tensor:
+            raise ParallelError(
+                f"parallelize: {name}.{leaf} is a {type(tensor.data).__name__}; it must be a "
+                "plain tensor"
+            )
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -204,7 +220,8 @@ def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _bytes(module: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for _, tensor in _tensors(module))
+    held = (*module.parameters(), *module.buffers())
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 def _keep(module: nn.Module, first: int, count: int) -> None:

@@ -32,7 +32,7 @@ def by_plan(model, world):
 
 def by_parallelize(model, world):
     """Our own sharding of a model in memory."""
-    inductor_moe.parallelize(model, init_device_mesh("cpu", (world,)))
+    model.parallelization = inductor_moe.parallelize(model, init_device_mesh("cpu", (world,)))
     return model
 
 
@@ -60,6 +60,10 @@ def sharded_program(rank, world, families, dtype, steps, real=False):
     }
 
 
+def bytes_of(module):
+    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+
+
 def shards_program(rank, world, names, compiled=False):
     """Families sharded by `parallelize`, packed experts or not, run eagerly or compiled."""
     found = {}
@@ -71,6 +75,8 @@ def shards_program(rank, world, names, compiled=False):
                     model, "int4", group_size=16, skip=["lm_head"], verbose=False
                 )
             prompt = zoo.prompt(model, PROMPT, seed=1)
+            experts = [m for name, m in model.named_modules() if name.endswith("mlp.experts")]
+            held, in_experts = bytes_of(model), sum(map(bytes_of, experts))
             with torch.no_grad(), collected() as reports:
                 whole = model(prompt, use_cache=False).logits
                 done = inductor_moe.parallelize(model, init_device_mesh("cpu", (world,)))
@@ -79,8 +85,10 @@ def shards_program(rank, world, names, compiled=False):
                 sharded = model(prompt, use_cache=False).logits
             found[f"{name} {'int4' if packed else 'fp32'}"] = {
                 "error": relative_error(sharded, whole),
-                "share": done.bytes_after / done.bytes_before,
+                "share": sum(map(bytes_of, experts)) / in_experts,
+                "saved": [done.bytes_before - done.bytes_after, held - bytes_of(model)],
                 "modules": done.modules,
+                "heads": done.heads,
                 "text": str(done),
                 "rank": done.rank,
                 "layers": [fused_layers(report) for report in reports],
@@ -170,6 +178,7 @@ def family_by_plan(name, world, dtype, steps, real, distribute):
         "refused": [str(r) for found in reports.values() for r in found if r.refused],
         "graphs": [described(gm) for found in graphs.values() for gm in found],
         "expected": family.expected(),
+        "heads": len(getattr(getattr(local, "parallelization", None), "heads", ())),
         "experts": [
             list(getattr(p, "_local_tensor", p).shape)
             for n, p in local.named_parameters()
@@ -209,5 +218,6 @@ def check(found, world, collectives=False, slack=2.0):
             assert result["sum"] == found[0][name]["sum"], f"{name}: the ranks differ"
             if collectives:
                 layers = result["expected"]["moe_experts"]
-                seen = {"reduced": layers, "waited": layers, "masked": layers}
+                sums = layers + result["heads"]
+                seen = {"reduced": sums, "waited": sums, "masked": layers}
                 assert result["graphs"] == [seen, seen]

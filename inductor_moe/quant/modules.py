@@ -51,13 +51,14 @@ def packed_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slot]]:
 
 
 def replace_parameter(module: nn.Module, slot: Slot, value: Packed) -> None:
-    """Put packed buffers in the place of module's parameter or buffer `slot.name`, in place."""
+    """Put packed buffers in the place of a parameter, buffer or packed weight `slot.name`."""
     for held in (module._parameters, module._buffers, module.__dict__):
         held.pop(slot.name, None)
     module._non_persistent_buffers_set.discard(slot.name)
     for suffix in SUFFIXES:
         module.register_buffer(f"{slot.name}_{suffix}", getattr(value, suffix))
-    slots = (*slots_of(module), slot)
+    others = (other for other in slots_of(module) if other.name != slot.name)
+    slots = (*others, slot)
     base = getattr(type(module), "inductor_moe_base", type(module))
     module.__class__ = _with_slots(base, slots)  # type: ignore[arg-type]
 

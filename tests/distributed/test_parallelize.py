@@ -10,7 +10,7 @@ import ranks
 @pytest.mark.parametrize(
     "families, world, dtype, steps",
     [
-        (["qwen3_moe"], 2, "bfloat16", 3),
+        (["qwen3_5_moe_text"], 2, "bfloat16", 3),
         pytest.param(["qwen3_moe", "qwen3_5_moe_text"], 2, "float32", 32, marks=pytest.mark.slow),
         pytest.param(["qwen3_moe", "qwen3_5_moe_text"], 4, "bfloat16", 32, marks=pytest.mark.slow),
     ],
@@ -29,6 +29,15 @@ def test_sharded_models_run_as_inductor_compiles_them(tmp_path):
     program = rank_programs.sharded_program
     found = ranks.results(ranks.run(program, 2, tmp_path, limit=500, **arguments))
     rank_programs.check(found, 2)
+
+
+# The layers whose heads are shared out.
+ATTENTION = ["self_attn", "self_attn"]
+HEADS = {
+    "qwen3_5_moe_text": ["linear_attn", "self_attn"],
+    "deepseek_v3": [],
+    **dict.fromkeys(["qwen2_moe", "gpt_oss", "mixtral"], ATTENTION),
+}
 
 
 @pytest.mark.parametrize(
@@ -55,7 +64,9 @@ def test_every_rank_keeps_its_share(tmp_path, families, world, compiled):
             # A shared expert that every rank added would be seen here.
             assert result["error"] < 2e-6, name
             assert result["share"] == 1 / world
+            assert result["saved"][0] == result["saved"][1] > 0
             assert result["modules"] == [f"model.layers.{i}.mlp.experts" for i in range(2)]
+            assert [text.split(".")[-1] for text in result["heads"]] == HEADS[name.split()[0]]
             assert result["rank"] == rank
             assert result["text"].startswith(f"rank {rank} of {world} keeps its share of 2 ")
             if compiled:
