@@ -15,6 +15,8 @@ from inductor_moe.errors import ParallelError
 from inductor_moe.testing import fused_layers, graph_backend, relative_error
 
 PROMPT, ROOM = 16, 64
+# As transformers chooses by itself when it generates.
+EXPERTS = {"prefill": "grouped_mm", "decode": "batched_mm"}
 aten = torch.ops.aten
 
 
@@ -34,6 +36,16 @@ def by_parallelize(model, world):
     """Our own sharding of a model in memory."""
     model.parallelization = inductor_moe.parallelize(model, init_device_mesh("cpu", (world,)))
     return model
+
+
+def running(model, experts):
+    """A model called with one of transformers' implementations of its experts."""
+
+    def call(*args, **kwargs):
+        model.set_experts_implementation(experts)
+        return model(*args, **kwargs)
+
+    return call
 
 
 def generation(prefill, decode, model, prompt, tokens):
@@ -81,6 +93,7 @@ def shards_program(rank, world, names, compiled=False):
                 whole = model(prompt, use_cache=False).logits
                 done = inductor_moe.parallelize(model, init_device_mesh("cpu", (world,)))
                 if compiled:
+                    torch.compiler.reset()  # the models share a wrapper of transformers
                     model = torch.compile(model, backend=graph_backend(), fullgraph=True)
                 sharded = model(prompt, use_cache=False).logits
             found[f"{name} {'int4' if packed else 'fp32'}"] = {
@@ -155,13 +168,13 @@ def family_by_plan(name, world, dtype, steps, real, distribute):
     whole, exact = zoo.prepare(family.build(), getattr(torch, dtype), "grouped_mm")
     prompt, tokens = zoo.prompt(whole, PROMPT, seed=1), zoo.prompt(whole, steps, seed=2)
     reference = generation(exact, exact, exact, prompt, tokens)
-    eager = generation(whole, whole, whole, prompt, tokens)
+    phases = [running(whole, experts) for experts in EXPERTS.values()]
+    eager = generation(*phases, whole, prompt, tokens)
 
     local = distribute(family.build().to(getattr(torch, dtype)), world)
     graphs, reports = {}, {}
     cache, fused = zoo.static_cache(local, ROOM), []
-    # As transformers does by itself when it generates.
-    for phase, experts in (("prefill", "grouped_mm"), ("decode", "batched_mm")):
+    for phase, experts in EXPERTS.items():
         local.set_experts_implementation(experts)
         torch.compiler.reset()
         graphs[phase] = []
