@@ -65,7 +65,7 @@ def parallelize(
     The heads of attention and delta-rule layers are cut into as many parts as fit: ranks and heads
     divide by it, and key heads too or several parts keep the same one. The projection after them
     ends in one all-reduce. With more ranks than parts, some ranks keep what others have. Layers
-    of other kinds than `parallel_heads` lists stay whole, as do all with one part.
+    of kinds that are not listed in `parallel_heads` stay whole, as do those with one part.
 
     model        experts modules as transformers writes them: called with (hidden_states [T, H],
                  ids [T, K], weights [T, K]), the number of experts in `num_experts`
