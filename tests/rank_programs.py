@@ -77,10 +77,10 @@ def bytes_of(module):
 
 
 def shards_program(rank, world, names, compiled=False):
-    """Families sharded by `parallelize`, packed experts or not, run eagerly or compiled."""
+    """Families sharded by `parallelize`, packed or not, run eagerly or compiled."""
     found = {}
     for name in names:
-        for packed in (False, True):
+        for packed, heads in ((False, True), (True, True), (False, False)):
             model = family_of(name).build()
             if packed:
                 inductor_moe.quantize_(
@@ -91,12 +91,14 @@ def shards_program(rank, world, names, compiled=False):
             held, in_experts = bytes_of(model), sum(map(bytes_of, experts))
             with torch.no_grad(), collected() as reports:
                 whole = model(prompt, use_cache=False).logits
-                done = inductor_moe.parallelize(model, init_device_mesh("cpu", (world,)))
+                mesh = init_device_mesh("cpu", (world,))
+                done = inductor_moe.parallelize(model, mesh, heads=heads)
                 if compiled:
                     torch.compiler.reset()  # the models share a wrapper of transformers
                     model = torch.compile(model, backend=graph_backend(), fullgraph=True)
                 sharded = model(prompt, use_cache=False).logits
-            found[f"{name} {'int4' if packed else 'fp32'}"] = {
+            kind = "int4" if packed else "fp32" if heads else "experts alone"
+            found[f"{name} {kind}"] = {
                 "error": relative_error(sharded, whole),
                 "share": sum(map(bytes_of, experts)) / in_experts,
                 "saved": [done.bytes_before - done.bytes_after, held - bytes_of(model)],
