@@ -12,7 +12,7 @@ import typer.core
 from rich.console import Console
 from rich.markup import escape
 
-from inductor_moe.bench import generation_command
+from inductor_moe.bench import generation_command, scale_command
 from inductor_moe.errors import InductorMoeError
 
 if TYPE_CHECKING:
@@ -132,7 +132,8 @@ def add_to(main: typer.Typer, examples: Callable[..., str]) -> None:
     app.command("generate", epilog=examples(*generation_command.EXAMPLES))(
         generation_command.generate
     )
-    both = (*EXAMPLES, *generation_command.EXAMPLES[:1])
+    app.command("scale", epilog=examples(*scale_command.EXAMPLES))(scale_command.scale)
+    both = (*EXAMPLES, *generation_command.EXAMPLES[:1], *scale_command.EXAMPLES[:1])
     main.add_typer(app, name="bench", epilog=examples(*both))
     main.command(epilog=examples(*TUNE_EXAMPLES))(tune)
     main.command(epilog=examples(*generation_command.PROFILE_EXAMPLES))(generation_command.profile)

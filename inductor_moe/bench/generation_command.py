@@ -74,7 +74,7 @@ def generate(
         if json:
             json.write_text(so_far.to_json())
 
-    with _quiet_and_clear():
+    with quiet_and_clear():
         from inductor_moe.bench import generate as job
         from inductor_moe.bench import results
 
@@ -108,7 +108,7 @@ def profile(
 
     On a GPU the kernels of one replay of the step's CUDA graph, on a CPU its operators.
     """
-    with _quiet_and_clear():
+    with quiet_and_clear():
         from inductor_moe.bench import profile as job
         from inductor_moe.bench.session import BACKENDS
 
@@ -123,7 +123,7 @@ def profile(
             console.print(f"trace: {escape(str(trace))}", soft_wrap=True)
 
 
-class _quiet_and_clear:
+class quiet_and_clear:
     """Our own errors and unwritable files as one line; Dynamo's advice about others' code not."""
 
     def __enter__(self) -> None:

@@ -55,12 +55,8 @@ def build(name: str, scheme: str, device: str, layers: int | None = None) -> Any
 
     Raises InductorMoeError for an unknown name, scheme or number of layers.
     """
-    if name not in LANGUAGE_MODELS:
-        known = ", ".join(LANGUAGE_MODELS)
-        raise InductorMoeError(f"model: no model {name!r} to generate with; there are {known}")
-    if scheme not in SCHEMES:
-        raise InductorMoeError(f"quant: no scheme {scheme!r}; there are {', '.join(SCHEMES)}")
-    config = _config(LANGUAGE_MODELS[name], layers)
+    config = config_of(name, layers)
+    scheme = known_scheme(scheme)
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -71,7 +67,22 @@ def build(name: str, scheme: str, device: str, layers: int | None = None) -> Any
     return model
 
 
-def _config(chosen: LanguageModel, layers: int | None) -> Any:
+def known_scheme(scheme: str) -> str:
+    """The name itself. Raises InductorMoeError for one that is not in `SCHEMES`."""
+    if scheme not in SCHEMES:
+        raise InductorMoeError(f"quant: no scheme {scheme!r}; there are {', '.join(SCHEMES)}")
+    return scheme
+
+
+def config_of(name: str, layers: int | None = None) -> Any:
+    """transformers' config of a model, of its first `layers` layers or all.
+
+    Raises InductorMoeError for an unknown name or number of layers.
+    """
+    if name not in LANGUAGE_MODELS:
+        known = ", ".join(LANGUAGE_MODELS)
+        raise InductorMoeError(f"model: no model {name!r} to generate with; there are {known}")
+    chosen = LANGUAGE_MODELS[name]
     try:
         import transformers
     except ImportError as error:
