@@ -29,7 +29,7 @@ class Curve:
             return last[1] * tokens / last[0]
         pairs = zip(self.points, self.points[1:], strict=False)
         (x, a), (y, b) = next(pair for pair in pairs if tokens <= pair[1][0])
-        return a * (b / a) ** (math.log(tokens / x) / math.log(y / x))
+        return a * math.exp(math.log(b / a) * math.log(tokens / x) / math.log(y / x))
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,17 @@ def load(paths: Iterable[Path], model: str, gpu: str | None = None) -> Measured:
     gpus = list(dict.fromkeys(one.gpu for one in of_model))
     if gpu is None and len(gpus) == 1:
         gpu = gpus[0]
-    if gpu not in gpus:
-        where = ", ".join(map(str, paths))
+    where = ", ".join(map(str, paths))
+    if not gpus:
         raise InductorMoeError(
-            f"results: {where} has moe-block times of {model} on {', '.join(gpus) or 'no GPU'}"
-            + (f", not on {gpu!r}" if gpu else "; choose one with --gpu" if gpus else
-               f"; inductor-moe bench moe-block --model {model} --json FILE measures them")
-        )  # fmt: skip
+            f"results: {where} has no moe-block times of {model}; "
+            f"inductor-moe bench moe-block --model {model} --json FILE measures them"
+        )
+    if gpu not in gpus:
+        raise InductorMoeError(
+            f"gpu: {where} has moe-block times of {model} on {', '.join(gpus)}"
+            + (f", not on {gpu}" if gpu else "; choose one with --gpu")
+        )
     rows = [row for one in found if one.gpu == gpu for row in one.rows if row.us and _ours(row)]
     blocks = [row for row in rows if _is_block(row, model)]
     rules = [row for row in rows if row.op == "delta-prefill" and row.model == model]

@@ -80,11 +80,10 @@ def scale(
         from inductor_moe.bench.scale import Scale, Setup
 
         counts = rank_counts(ranks)
-        links = Links(*(_link(Link, *pair) for pair in (("nvlink", nvlink), ("network", network))),
-                      node)  # fmt: skip
+        near, far = _link(Link, "nvlink", nvlink), _link(Link, "network", network)
         setup = Setup(
-            models.known_scheme(quant), batch, context, prompt, group, exchange, heads, links,
-            efficiency,
+            models.known_scheme(quant), batch, context, prompt, group, exchange, heads,
+            Links(near, far, node), efficiency,
         )  # fmt: skip
         decoder = Decoder.of(models.config_of(model))
         found = Scale(decoder, model, measured.load(results or [], model, gpu), setup)
