@@ -1,17 +1,20 @@
-"""Heads of attention and delta-rule layers cut into parts: the parts' outputs add up."""
+"""Heads of attention and delta-rule layers shared by ranks, all of them in this process."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import math
 
 import pytest
 import torch
+import torch.distributed as dist
 import zoo
 from torch import nn
 
 import inductor_moe
 from inductor_moe.errors import ParallelError
-from inductor_moe.parallel_heads import layers_to_share, most_shards, shard_heads
+from inductor_moe.parallel_heads import keep_heads, layers_to_share, most_shards
 from inductor_moe.quant.modules import slots_of
 from inductor_moe.testing import relative_error
 
@@ -32,50 +35,58 @@ def build(name, **sizes):
     return zoo.Family(name, {**family.overrides, **sizes}).build()
 
 
-def parts_of(layer, shards):
-    """A copy of a layer for each part."""
+@pytest.fixture
+def no_sums(monkeypatch):
+    """Each rank returns what it would have added."""
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: None)
+
+
+def ranks_of(layer, ranks):
+    """A copy of a layer for each rank, which keeps its heads."""
     found = []
-    for part in range(shards):
-        module = copy.deepcopy(layer.module)
-        own = type(layer)(layer.name, module, layer.heads, layer.keys, layer.shards)
-        shard_heads(own, part)
-        if part and own.output.bias is not None:
-            own.output.bias.data.zero_()
-        found.append(module)
+    for rank in range(ranks):
+        own = dataclasses.replace(layer, module=copy.deepcopy(layer.module))
+        keep_heads(own, rank, None)
+        found.append(own.module)
     return found
 
 
-class Parts(nn.Module):
-    """The parts of a layer in its place, their outputs added up."""
+class Ranks(nn.Module):
+    """All ranks of a layer in its place, their outputs added up."""
 
-    def __init__(self, parts):
+    def __init__(self, ranks):
         super().__init__()
-        self.parts = nn.ModuleList(parts)
+        self.ranks = nn.ModuleList(ranks)
         for name in ("layer_type", "layer_idx"):
-            if hasattr(parts[0], name):
-                setattr(self, name, getattr(parts[0], name))
+            if hasattr(ranks[0], name):
+                setattr(self, name, getattr(ranks[0], name))
 
     def forward(self, *args, **kwargs):
-        found = [part(*args, **kwargs) for part in self.parts]
+        found = [rank(*args, **kwargs) for rank in self.ranks]
         if isinstance(found[0], tuple):
             return sum(output for output, _ in found), None
         return sum(found)
 
 
 def replaced(model, ranks):
-    """The model with every layer that can be shared cut into parts; what was cut."""
+    """Put all ranks in the place of every layer that can be shared; these layers."""
     layers = layers_to_share(model, ranks)
     for layer in layers:
         parent, _, leaf = layer.name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, Parts(parts_of(layer, layer.shards)))
+        setattr(model.get_submodule(parent), leaf, Ranks(ranks_of(layer, ranks)))
     return layers
 
 
 @pytest.mark.parametrize(
-    "packed, ranks", [(False, 4), (True, 2)], ids=["fp32-keys-shared", "int4"]
+    "family, packed, ranks",
+    [
+        *((family, False, 4) for family in FAMILIES),  # two ranks for a key head
+        *((family, True, 2) for family in ("gpt_oss", "qwen3_next", "qwen3_5_moe_text")),
+        ("gpt_oss", False, 8),  # two ranks for a part
+        ("qwen3_5_moe_text", True, 6),  # three
+    ],
 )
-@pytest.mark.parametrize("family", FAMILIES)
-def test_parts_add_up(family, packed, ranks):
+def test_ranks_add_up(no_sums, family, packed, ranks):
     model = build(family)
     if packed:
         inductor_moe.quantize_(model, "int4", group_size=16, verbose=False)
@@ -83,7 +94,7 @@ def test_parts_add_up(family, packed, ranks):
     with torch.no_grad():
         whole = model(prompt, use_cache=False).logits
         layers = replaced(model, ranks)
-        assert len(layers) == 2 and {layer.shards for layer in layers} == {ranks}
+        assert len(layers) == 2 and {layer.shards for layer in layers} == {math.gcd(ranks, 4)}
         found = model(prompt, use_cache=False).logits
     assert relative_error(found, whole) < 2e-6
 
@@ -121,13 +132,13 @@ def test_norms_over_all_heads_leave_a_layer_whole():
         ("int8", 64, False, 32),
     ],
 )
-def test_columns_of_packed_weights_keep_their_values(dtype, group_size, symmetric, after):
+def test_columns_of_packed_weights_keep_their_values(no_sums, dtype, group_size, symmetric, after):
     """A group that a cut splits becomes smaller ones: 192 inputs, of which each rank has 96."""
     model = build("qwen3_moe", num_attention_heads=12, num_key_value_heads=2)
     inductor_moe.quantize_(model, dtype, group_size=group_size, symmetric=symmetric, verbose=False)
     layer = layers_to_share(model, 2)[0]
     whole = layer.output.weight
-    parts = [part.o_proj for part in parts_of(layer, 2)]
+    parts = [part.o_proj for part in ranks_of(layer, 2)]
     assert torch.equal(torch.cat([part.weight for part in parts], dim=1), whole)
     assert [slots_of(part)[0].group_size for part in parts] == [after] * 2
     assert [part.in_features for part in parts] == [96, 96]
