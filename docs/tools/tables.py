@@ -117,7 +117,8 @@ def load_generations(folder: Path = RESULTS) -> list[Generation]:
             key = (path.name, row["op"], row["model"])
             versions = ", ".join(f"{n} {held['versions'][n]}" for n in ("torch", "triton"))
             origin = f"one {held['gpu']}; {versions}, commit {held['commit'][:9]}"
-            made = Generation(row["op"], row["model"], origin, held["command"], [])
+            model = row["model"].replace(" none", " bf16")  # the quantisation of its weights
+            made = Generation(row["op"], model, origin, held["command"], [])
             found.setdefault(key, made).rows.append(row)
     return list(found.values())
 
@@ -175,7 +176,8 @@ def headline(tables: list[Table], generations: list[Generation] | None = None) -
     ]
     if not chosen and not generations:
         return "No measurement lies in `examples/benchmarks/results/` yet."
-    parts = [f"{each.caption()}:\n\n{each.markdown()}" for each in generations]
+    models = [each for each in generations if each.model.startswith(HEADLINE_MODEL)]
+    parts = [f"{each.caption()}:\n\n{each.markdown()}" for each in models]
     parts += [f"{caption(table)}:\n\n{markdown(table)}" for table in chosen]
     return "\n\n".join(parts)
 
