@@ -23,6 +23,7 @@ from inductor_moe.patterns.walk import (
     dtype,
     gather,
     is_call,
+    is_float_cast,
     is_transparent,
     peel,
     same,
@@ -201,6 +202,8 @@ def _combined(down: _Product, tokens: Any, top_k: int) -> tuple[fx.Node, fx.Node
     last = next(iter(end.users)) if len(end.users) == 1 else None
     if is_call(last, aten.bmm.default):
         return _combined_by_product(down, last)
+    if top_k == 1 and is_call(last, aten.mul.Tensor) and not _is_summed(last):
+        return _combined_by_scaling(down, last)
 
     def column(factor: Any, order: str) -> fx.Node | None:
         return pair_column(factor, order, least)
@@ -220,8 +223,18 @@ def _squeezed(shape: Any) -> tuple[Any, ...]:
     return tuple(size for size in shape if not same(size, 1))
 
 
-def _combined_by_product(down: _Product, node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The same where a matmul applies the routing weights and sums."""
+def _is_summed(node: fx.Node) -> bool:
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if is_call(node, aten.sum.dim_IntList):
+            return True
+        if not moves(node) and not is_float_cast(node):
+            return False
+    return False
+
+
+def _factors(down: _Product, node: fx.Node) -> tuple[Dims, Dims, fx.Node, int]:
+    """(dims of the rows, dims of the routing weights, those, the rows' side) of a product."""
     sides = [source_of(operand, stop=lambda n: n is down.value)[0] for operand in node.args[:2]]
     if sides.count(down.value) != 1 or len(node.args) != 2 or node.kwargs:
         raise Refusal(f"{node.name} does not sum the rows of each token")
@@ -234,9 +247,14 @@ def _combined_by_product(down: _Product, node: fx.Node) -> tuple[fx.Node, fx.Nod
         return same_sizes(sizes(item), sizes(down.ids))
 
     weights, path = source_of(node.args[1 - side], stop=is_pairs)
-    if not is_pairs(weights):
-        raise Refusal(f"{weights.name} are not routing weights, one for each pair")
-    column = moved(named(weights, "tk"), path)
+    if not isinstance(weights, fx.Node) or not is_pairs(weights):
+        raise Refusal(f"{weights} are not routing weights, one for each pair")
+    return rows, moved(named(weights, "tk"), path), weights, side
+
+
+def _combined_by_product(down: _Product, node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The same where a matmul applies the routing weights and sums."""
+    rows, column, weights, side = _factors(down, node)
     left, right = (rows, column) if side == 0 else (column, rows)
     tokens, top_k = names_of(named(down.ids, "tk"))
     if names_of((left[0], right[0])) != (tokens, tokens) or names_of((left[2], right[1])) != (
@@ -245,13 +263,29 @@ def _combined_by_product(down: _Product, node: fx.Node) -> tuple[fx.Node, fx.Nod
     ):
         raise Refusal(f"{node.name} does not sum over the experts of each token")
     dims: Dims = (left[0], left[1], right[2])
-    output = node
+    return peel(weights, is_transparent), _tokens_of(node, dims, tokens)
+
+
+def _combined_by_scaling(down: _Product, node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The same where a token has one expert: there is nothing to sum."""
+    rows, column, weights, _ = _factors(down, node)
+    dims = names_of(rows)
+    if len(rows) != len(column) or any(
+        name not in ("", own) for name, own in zip(names_of(column), dims, strict=True)
+    ):
+        raise Refusal(f"{node.name} does not scale each row by the weight of its token")
+    tokens, _ = names_of(named(down.ids, "tk"))
+    return peel(weights, is_transparent), _tokens_of(node, rows, tokens)
+
+
+def _tokens_of(output: fx.Node, dims: Dims, tokens: str) -> fx.Node:
+    """Forward over moves to the node that is [T, H]."""
     while names_of(dims) != (tokens, "w") or len(sizes(output)) != 2:
         output = sole_user(output)
         if not moves(output):
             raise Refusal(f"{output.name} is not [tokens, width]")
         dims = moved(dims, [output])
-    return peel(weights, is_transparent), output
+    return output
 
 
 EINSUM = Rewrite(
