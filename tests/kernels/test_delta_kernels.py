@@ -282,9 +282,12 @@ def check_decode(given, tile=None, **changed):
     wide = {
         name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in widened(given).items()
     }
+    plain = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in given.items()}
     want = reference.delta_decode(**wide, **options)
+    eager = reference.delta_decode(**plain, **options)
     out = delta_decode.delta_decode(**given, **options, tile=tile)
-    assert error(out, want) < 2e-6
+    # the norm of a head whose values nearly cancel amplifies every rounding before it
+    assert error(out, want) <= max(2e-6, 2 * error(eager, want))
     assert torch.equal(given["conv_state"].double(), wide["conv_state"])
     assert error(given["recurrent_state"], wide["recurrent_state"]) < 2e-6
 
