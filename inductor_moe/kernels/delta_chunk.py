@@ -3,7 +3,7 @@
 With G the running log decay of a chunk and A = beta * (k k^T * exp(G_i - G_j)) below the diagonal:
 writes D = (I + A)^-1 beta (v - exp(G) k S), outputs scale * (exp(G) q S + (q k^T * decay) D), next
 state exp(G_C) S + (k exp(G_C - G))^T D. The first kernel makes (I + A)^-1 beta, the causal q k^T
-and the factor of every row; the second carries S.
+times it, and the factor of every row; the second carries S.
 """
 
 from __future__ import annotations
@@ -62,18 +62,15 @@ def corners(level, C: tl.constexpr):
 
 
 @triton.jit
-def unit_lower_inverse(
-    a, levels, C: tl.constexpr, SHORT_SOLVE: tl.constexpr, PRECISION: tl.constexpr
-):
-    """(I + a)^-1 of a strictly lower triangular [C, C], C = 2**levels.
+def unit_lower_inverse(a, levels, C: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + a)^-1 in fp32 of a strictly lower triangular [C, C], C = 2**levels.
 
-    Inverses of the diagonal blocks of 2**level rows give those of twice as many. levels comes at
-    run time: unrolled, every level's mask would live in registers. SHORT_SOLVE multiplies in fp16,
-    whose 11 bits suffice where unit keys bound the entries.
+    Inverses of the diagonal blocks of 2**level rows give those of twice as many, by products in
+    a's dtype. levels comes at run time: unrolled, every level's mask would live in registers.
     """
-    DTYPE: tl.constexpr = tl.float16 if SHORT_SOLVE else tl.float32
+    DTYPE: tl.constexpr = a.dtype
     row = tl.arange(0, C)
-    inverse = tl.where(corners(0, C), -a, 0.0)
+    inverse = tl.where(corners(0, C), -a.to(tl.float32), 0.0)
     inverse = tl.where(row[:, None] == row[None, :], 1.0, inverse)
     for level in range(1, levels):
         blocks = inverse.to(DTYPE)
@@ -87,7 +84,7 @@ def unit_lower_inverse(
 def delta_chunk_intra_kernel(
     q, k,                   # [B, T, H, K]
     g, beta,                # [B, T, HV]; g absent without HAS_GATE
-    solve, attn,            # [B, HV, T, C]: (I + A)^-1 beta; SCALE * causal q k^T with decay
+    solve,                  # [B, HV, T, 2, C]: (I + A)^-1 beta; SCALE * causal q k^T times that
     rows,                   # [4, B, HV, T] fp32: factors of k's read, k's write, q's read; decay
     cu_seqlens,             # [N + 1] with VARLEN
     levels, sequences, tokens, value_heads, rows_kind,
@@ -97,6 +94,7 @@ def delta_chunk_intra_kernel(
     HAS_GATE: tl.constexpr, NORMALIZE: tl.constexpr, VARLEN: tl.constexpr,
     SHORT_SOLVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """SHORT_SOLVE inverts in fp16, whose 11 bits suffice where unit keys bound the entries."""
     head = tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)
     first, end, _ = chunk_bounds(tl.program_id(1), cu_seqlens, sequences, tokens, C, VARLEN)
@@ -106,55 +104,40 @@ def delta_chunk_intra_kernel(
     inside = row < end - first
     q += batch * q_b + (head // GROUP) * q_h + first * q_t + row[:, None] * q_t
     k += batch * k_b + (head // GROUP) * k_h + first * k_t + row[:, None] * k_t
-
-    kk = tl.zeros([C, C], tl.float32)
-    qk = tl.zeros([C, C], tl.float32)
-    key_norm = tl.zeros([C], tl.float32)
-    query_norm = tl.zeros([C], tl.float32)
-    for block in tl.static_range(0, K, BLOCK_K):
-        dk = block + tl.arange(0, BLOCK_K)
-        mask = inside[:, None] & (dk < K)[None, :]
-        key = tl.load(k + dk[None, :], mask=mask, other=0.0)
-        query = tl.load(q + dk[None, :], mask=mask, other=0.0)
-        if NORMALIZE:
-            wide = key.to(tl.float32)
-            key_norm += tl.sum(wide * wide, 1)
-            wide = query.to(tl.float32)
-            query_norm += tl.sum(wide * wide, 1)
-        turned = tl.trans(key)
-        kk = tl.dot(key, turned, kk, input_precision=PRECISION)
-        qk = tl.dot(query, turned, qk, input_precision=PRECISION)
-    key_scale = tl.full([C], 1.0, tl.float32)
-    query_scale = key_scale * SCALE
-    if NORMALIZE:
-        key_scale = tl.rsqrt(key_norm + EPS)
-        query_scale = tl.rsqrt(query_norm + EPS) * SCALE
     beta += batch * beta_b + head * beta_h + first * beta_t
     strength = tl.load(beta + row * beta_t, mask=inside, other=0.0).to(tl.float32)
-
-    causal = row[:, None] >= row[None, :]
-    kk = tl.where(row[:, None] > row[None, :], kk, 0.0) * key_scale[:, None] * key_scale[None, :]
-    qk = tl.where(causal, qk, 0.0) * query_scale[:, None] * key_scale[None, :]
     from_start = tl.full([C], 1.0, tl.float32)
     to_end = from_start
     if HAS_GATE:
         g += batch * g_b + head * g_h + first * g_t
         decay = binary_decay(tl.load(g + row * g_t, mask=inside, other=0.0))
         total = tl.cumsum(decay)
-        between = tl.exp2(tl.where(causal, total[:, None] - total[None, :], 0.0))
-        kk *= between
-        qk *= between
         from_start = tl.exp2(total)
         to_end = tl.exp2(tl.cumsum(decay, reverse=True) - decay)
 
+    kk = tl.zeros([C, C], tl.float32)
+    qk = tl.zeros([C, C], tl.float32)
+    query_norm = tl.zeros([C], tl.float32)
+    key_norm = tl.zeros([C], tl.float32)
+    for block in tl.static_range(0, K, BLOCK_K):
+        dk = block + tl.arange(0, BLOCK_K)
+        mask = inside[:, None] & (dk < K)[None, :]
+        key = tl.load(k + dk[None, :], mask=mask, other=0.0)
+        query = tl.load(q + dk[None, :], mask=mask, other=0.0)
+        turned = tl.trans(key)
+        kk = tl.dot(key, turned, kk, input_precision=PRECISION)
+        qk = tl.dot(query, turned, qk, input_precision=PRECISION)
+        if NORMALIZE:
+            wide = query.to(tl.float32)
+            query_norm += tl.sum(wide * wide, 1)
+            wide = key.to(tl.float32)
+            key_norm += tl.sum(wide * wide, 1)
+    key_scale = tl.full([C], 1.0, tl.float32)
+    query_scale = key_scale * SCALE
+    if NORMALIZE:
+        key_scale = tl.rsqrt(key_norm + EPS)
+        query_scale = tl.rsqrt(query_norm + EPS) * SCALE
     start = (batch * value_heads + head) * tokens + first
-    attn += start * C
-    solve += start * C
-    tile = row[:, None] * C + row[None, :]
-    tl.store(attn + tile, qk.to(attn.dtype.element_ty), mask=inside[:, None])
-    inverse = unit_lower_inverse(kk * strength[:, None], levels, C, SHORT_SOLVE, PRECISION)
-    inverse *= strength[None, :]
-    tl.store(solve + tile, inverse.to(solve.dtype.element_ty), mask=inside[:, None])
     rows += start + row
     kind = tl.cast(rows_kind, tl.int64)
     tl.store(rows, from_start * key_scale, mask=inside)
@@ -162,12 +145,41 @@ def delta_chunk_intra_kernel(
     tl.store(rows + 2 * kind, from_start * query_scale, mask=inside)
     tl.store(rows + 3 * kind, from_start, mask=inside)
 
+    causal = row[:, None] >= row[None, :]
+    between = tl.where(causal, key_scale[None, :], 0.0)
+    if HAS_GATE:
+        between *= tl.exp2(tl.where(causal, total[:, None] - total[None, :], 0.0))
+    scores = (qk * query_scale[:, None] * between).to(q.dtype.element_ty)
+    a = kk * (key_scale * strength)[:, None] * between
+    a = tl.where(row[:, None] > row[None, :], a, 0.0)
+    a = a.to(tl.float16 if SHORT_SOLVE else tl.float32)
+    inverse = unit_lower_inverse(a, levels, C, PRECISION) * strength[None, :]
+    inverse = inverse.to(q.dtype.element_ty)
+    solve += start * (2 * C) + row[:, None] * (2 * C) + row[None, :]
+    tl.store(solve, inverse, mask=inside[:, None])
+    product = tl.dot(scores, inverse, input_precision=PRECISION)
+    tl.store(solve + C, product.to(q.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def load_rows(rows, kind, first, length, C: tl.constexpr):
+    """The chunk's factors [C] of k's read, k's write and q's read, and its whole decay."""
+    row = tl.arange(0, C)
+    inside = row < length - first
+    rows += first
+    key_read = tl.load(rows + row, mask=inside, other=0.0)
+    key_write = tl.load(rows + kind + row, mask=inside, other=0.0)
+    query_read = tl.load(rows + 2 * kind + row, mask=inside, other=0.0)
+    last = tl.minimum(length - first, C) - 1
+    whole = tl.load(rows + 3 * kind + last, mask=last >= 0, other=0.0)
+    return key_read, key_write, query_read, whole
+
 
 @triton.jit
 def delta_chunk_scan_kernel(
     q, k,                   # [B, T, H, K]
     v, o,                   # [B, T, HV, V]
-    solve, attn,            # [B, HV, T, C]
+    solve,                  # [B, HV, T, 2, C]
     rows,                   # [4, B, HV, T] fp32
     state, final,           # [N, HV, K, V]; state absent without HAS_STATE
     cu_seqlens,             # [N + 1] with VARLEN
@@ -203,47 +215,51 @@ def delta_chunk_scan_kernel(
     v += batch * v_b + head * v_h + start * v_t
     o += batch * o_b + head * o_h + start * o_t
     plane = (batch * value_heads + head) * tokens + start
-    solve += plane * C
-    attn += plane * C
+    solve += plane * (2 * C)
     rows += plane
     kind = tl.cast(rows_kind, tl.int64)
     query_cell = row[:, None] * q_t + dk[None, :]
     key_cell = row[:, None] * k_t + dk[None, :]
     value_cell = row[:, None] * v_t + dv[None, :]
     out_cell = row[:, None] * o_t + dv[None, :]
-    tile = row[:, None] * C + row[None, :]
+    # both matrices of a chunk, one below the other, are one operand
+    twice = tl.arange(0, 2 * C)
+    solve_cell = (twice % C * 2 + twice // C)[:, None] * C + row[None, :]
     length = end - start
     DTYPE: tl.constexpr = q.dtype.element_ty
+    # Loads that no product takes whole are not pipelined: a chunk ahead, they hide their latency.
+    key_read, key_write, query_read, whole = load_rows(rows, kind, 0, length, C)
     for first in range(0, length, C):
         inside = row < length - first
         in_key = inside[:, None] & in_k[None, :]
         in_value = inside[:, None] & in_v[None, :]
+        in_solve = (twice % C < length - first)[:, None]
         key = tl.load(k + first * k_t + key_cell, mask=in_key, other=0.0)
         query = tl.load(q + first * q_t + query_cell, mask=in_key, other=0.0)
         value = tl.load(v + first * v_t + value_cell, mask=in_value, other=0.0)
-        inverse = tl.load(solve + first * C + tile, mask=inside[:, None], other=0.0)
-        scores = tl.load(attn + first * C + tile, mask=inside[:, None], other=0.0)
-        key_read = tl.load(rows + first + row, mask=inside, other=0.0)
-        key_write = tl.load(rows + kind + first + row, mask=inside, other=0.0)
-        query_read = tl.load(rows + 2 * kind + first + row, mask=inside, other=0.0)
-        whole = tl.load(rows + 3 * kind + tl.minimum(first + C, length) - 1)
+        both = tl.load(solve + first * (2 * C) + solve_cell, mask=in_solve, other=0.0)
+        next_read, next_write, next_query, next_whole = load_rows(rows, kind, first + C, length, C)
 
         narrow = current.to(DTYPE)
-        read = tl.dot(key, narrow, input_precision=PRECISION) * key_read[:, None]
-        rest = (value.to(tl.float32) - read).to(DTYPE)
-        delta = tl.dot(inverse, rest, input_precision=PRECISION)
-        out = tl.dot(query, narrow, input_precision=PRECISION) * query_read[:, None]
-        out = tl.dot(scores, delta.to(DTYPE), out, input_precision=PRECISION)
-        tl.store(o + first * o_t + out_cell, out.to(DTYPE), mask=in_value)
+        read = tl.dot(key, narrow, input_precision=PRECISION)
+        out = tl.dot(query, narrow, input_precision=PRECISION)
+        rest = (value.to(tl.float32) - read * key_read[:, None]).to(DTYPE)
+        both = tl.dot(both, rest, input_precision=PRECISION)
+        both = tl.permute(tl.reshape(both, (2, C, BLOCK_V)), (1, 2, 0))
+        delta, added = tl.split(both)
         write = (delta * key_write[:, None]).to(DTYPE)
         current = tl.dot(tl.trans(key), write, current * whole, input_precision=PRECISION)
+        out = out * query_read[:, None] + added
+        tl.store(o + first * o_t + out_cell, out.to(DTYPE), mask=in_value)
+        key_read, key_write, query_read, whole = next_read, next_write, next_query, next_whole
     at = sequence * final_b + head * final_h + dk[:, None] * final_k + dv[None, :]
     tl.store(final + at, current.to(final.dtype.element_ty), mask=in_state)
 
 
 def intra_tile(key_width: int, dtype: torch.dtype, device: torch.device) -> Tile:
-    block_k = min(padded(key_width), 128 if dtype.itemsize == 2 else 32)
-    return Tile(block_k, 0, 4 if limits(device).capability >= 90 else 8)
+    hopper = limits(device).capability >= 90
+    widest = 32 if dtype.itemsize > 2 else 128 if hopper else 64
+    return Tile(min(padded(key_width), widest), 0, 4 if hopper else 8)
 
 
 def scan_tile(
@@ -288,8 +304,7 @@ def delta_rule_chunk(
     varlen = cu_seqlens is not None
     sequences = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else batch
     slots = tokens // CHUNK + sequences if varlen else (tokens + CHUNK - 1) // CHUNK
-    solve = q.new_empty((batch, value_heads, tokens, CHUNK))
-    attn = q.new_empty((batch, value_heads, tokens, CHUNK))
+    solve = q.new_empty((batch, value_heads, tokens, 2, CHUNK))
     rows = torch.empty((4, batch, value_heads, tokens), dtype=torch.float32, device=q.device)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     final = torch.empty(
@@ -300,7 +315,7 @@ def delta_rule_chunk(
     precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
     tile = intra or intra_tile(key_width, q.dtype, q.device)
     traced(delta_chunk_intra_kernel)[(value_heads, slots, batch)](
-        q, k, g, beta, solve, attn, rows, cu_seqlens,
+        q, k, g, beta, solve, rows, cu_seqlens,
         LEVELS, sequences, tokens, value_heads, rows.stride(0), scale, l2norm_eps or 0.0,
         *strides(q, 3), *strides(k, 3), *strides(g, 3), *strides(beta, 3),
         GROUP=value_heads // heads, K=key_width, BLOCK_K=tile.key, C=CHUNK,
@@ -311,7 +326,7 @@ def delta_rule_chunk(
     tile = scan or scan_tile(key_width, value_width, q.dtype, q.device)
     grid = (triton.cdiv(value_width, tile.value), value_heads, sequences)
     traced(delta_chunk_scan_kernel)[grid](
-        q, k, v, out, solve, attn, rows, state, final, cu_seqlens,
+        q, k, v, out, solve, rows, state, final, cu_seqlens,
         tokens, value_heads, rows.stride(0),
         *strides(q, 3), *strides(k, 3), *strides(v, 3), *strides(out, 3),
         *strides(state, 3), *strides(final, 3),

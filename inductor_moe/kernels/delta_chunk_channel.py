@@ -142,8 +142,8 @@ def delta_channel_intra_kernel(
     strength = tl.load(beta + row * beta_t, mask=inside, other=0.0).to(tl.float32)
     tile = row[:, None] * C + row[None, :]
     tl.store(attn + tile, qk.to(DTYPE), mask=inside[:, None])
-    inverse = unit_lower_inverse(kk * strength[:, None], levels, C, SHORT_SOLVE, PRECISION)
-    inverse *= strength[None, :]
+    a = (kk * strength[:, None]).to(tl.float16 if SHORT_SOLVE else tl.float32)
+    inverse = unit_lower_inverse(a, levels, C, PRECISION) * strength[None, :]
     tl.store(solve + tile, inverse.to(DTYPE), mask=inside[:, None])
 
     # a second pass: the rows' own factors beside the pairs' products would not fit the registers
