@@ -26,8 +26,10 @@ from inductor_moe.compat.compiling import (
 )
 from inductor_moe.compat.launches import remember_launches, remembering
 from inductor_moe.compat.lowering import (
+    branch,
     fake_arguments,
     is_symbolic,
+    lower_bound,
     lower_by_tracing,
     lower_to_eager_call,
     packaging,
@@ -57,6 +59,7 @@ __all__ = [
     "aoti_compile",
     "aoti_compile_and_package",
     "boxed",
+    "branch",
     "cache_folder",
     "caches_enabled",
     "clear_graph_breaks",
@@ -74,6 +77,7 @@ __all__ = [
     "is_symbolic",
     "keep_matmuls",
     "load_method",
+    "lower_bound",
     "lower_by_tracing",
     "lower_to_eager_call",
     "no_caches",
