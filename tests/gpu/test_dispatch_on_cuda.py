@@ -14,7 +14,10 @@ from inductor_moe.reference.moe import moe_experts_reference
 from inductor_moe.reference.quant import dequantize_reference
 from inductor_moe.testing import relative_error
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.xdist_group("dispatch"),  # one worker builds the package
+]
 
 LENGTHS = (1, 2, 8, 9, 64, 65, 200)
 HIDDEN, INNER, EXPERTS, TOP_K, GROUP = 256, 128, 64, 2, 128
