@@ -333,7 +333,9 @@ class _Process:
         for op, sizes in ((moe.BLOCK, [1, 64, given.prompt]), (delta.PREFILL, [given.prompt])):
             for case in op.cases(given.model, self.device, sizes):
                 rows += run.measure(case, ["ours"], best)
-        self.notes.say(", ".join(f"{row.op} {row.label()}: {row.us} us {row.note}" for row in rows))
+        self.notes.say(
+            ", ".join(f"{row.op} {row.label()}: {row.us} us {row.note}" for row in rows)
+        )
         for phase in given.phases.split(","):
             size = {"prompt": given.prompt, "batch": 1}
             if phase != "prefill":
