@@ -118,6 +118,7 @@ class _Process:
 
     def run(self) -> None:
         import torch
+
         from inductor_moe import lowerings
         from inductor_moe.bench import models
 
@@ -166,8 +167,9 @@ class _Process:
         )
 
     def _share(self) -> None:
-        import inductor_moe
         import torch.distributed as dist
+
+        import inductor_moe
 
         mesh = dist.init_device_mesh(self.device, (self.given.ranks,))
         self.model.set_experts_implementation("grouped_mm")
@@ -236,6 +238,7 @@ class _Process:
 
     def _decode(self, batch: int) -> Any:
         import torch
+
         from inductor_moe.bench.session import DECODE_EXPERTS, Decode, Session
 
         context = self.given.context
@@ -273,6 +276,7 @@ class _Process:
     def _compare(self, phase: str, batch: int, logits: Any) -> None:
         """Errors of the one's and of rank 0's logits, and eager's in bf16, against fp32."""
         import torch
+
         from inductor_moe.bench import generate
 
         held = self.given.folder / f"{phase}.pt"
@@ -323,6 +327,7 @@ class _Process:
         import dataclasses
 
         import torch
+
         from inductor_moe.bench import ceilings, delta, measured, models, moe, results, run
         from inductor_moe.bench.decoder import Decoder
         from inductor_moe.bench.results import Row

@@ -134,7 +134,7 @@ class Decode:
                 compiled(self.token)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # NCCL's own thread may ask for events meanwhile, which the default would take for an error.
+        # NCCL's own thread may ask for events meanwhile, an error by default.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self.logits = compiled(self.token)
         return graph
