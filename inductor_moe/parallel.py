@@ -12,6 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from inductor_moe.errors import ParallelError
+from inductor_moe.parallel_exchange import (
+    BLOCKS,
+    EXCHANGES,
+    Exchange,
+    all_to_all_from,
+    spread,
+)
 from inductor_moe.parallel_heads import Sum, keep_heads, layers_to_share
 
 if TYPE_CHECKING:
@@ -52,6 +59,8 @@ def parallelize(
     *,
     dim: str | None = None,
     heads: bool = True,
+    exchange: str = "all-reduce",
+    all_to_all_tokens: int | None = None,
     timeout: float = 60.0,
 ) -> Parallelization:
     """Shard experts and heads of a model over a mesh, in place; the rest stays replicated.
@@ -60,7 +69,9 @@ def parallelize(
     compared). Rank r of n keeps experts r * E / n to (r + 1) * E / n - 1 of each experts module of
     transformers, packed weights of `quantize_` included. The model's code stays: a hook renumbers
     the router's choices before the experts, and one all-reduce after them sums the ranks'
-    results. Routers and shared experts run on every rank, outside of that sum.
+    results. Routers and shared experts run on every rank, outside of that sum. With all-to-all
+    exchange each rank instead has a slice of the tokens of a MoE layer, and sends each of them to
+    the ranks of its experts.
 
     The heads of attention and delta-rule layers are cut into as many parts as fit: ranks and heads
     divide by it, and key heads too or several parts keep the same one. The projection after them
@@ -71,6 +82,9 @@ def parallelize(
                  ids [T, K], weights [T, K]), the number of experts in `num_experts`
     device_mesh  of one dimension, or of several with `dim` naming the one to shard over
     heads        whether attention and delta-rule layers are sharded
+    exchange     how tokens get to the experts: "all-reduce", "all-to-all", or "auto", which is
+                 all-to-all from `all_to_all_tokens` tokens of a call on
+    all_to_all_tokens  None: 1,024 if all-to-all then moves fewer bytes, and else never
     timeout      seconds to wait for the other ranks here. Later collectives wait as long as the
                  process group's own timeout says
     returns      what this rank keeps
@@ -80,6 +94,10 @@ def parallelize(
     models differ, or if the mesh does not fit. A rank that does not arrive within `timeout` is an
     error on the others.
     """
+    if exchange not in EXCHANGES:
+        raise ParallelError(
+            f"parallelize: exchange must be one of {', '.join(EXCHANGES)} (got {exchange!r})"
+        )
     mesh = _one_dimension(device_mesh, dim)
     group, rank, ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
     problem, found, layers, signature = "", [], [], []
@@ -95,13 +113,20 @@ def parallelize(
 
     touched = [*(module for _, module in found), *(layer.module for layer in layers)]
     before = sum(map(_bytes, touched))
-    for _, module in found:
+    chosen = Exchange(group, exchange, all_to_all_from(ranks, _top_k(model), all_to_all_tokens))
+    for name, module in found:
         count = int(module.num_experts) // ranks  # type: ignore[arg-type]
         with torch.no_grad():
             _keep(module, rank * count, count)
         routing = _Local(rank * count, count)
-        module.register_forward_pre_hook(routing)
-        module.register_forward_hook(Sum(group))
+        module.sharded_over = ranks  # type: ignore[assignment]
+        if exchange == "all-reduce":
+            module.register_forward_pre_hook(routing)
+            module.register_forward_hook(Sum(group))
+        else:
+            block = model.get_submodule(name.rpartition(".")[0])
+            sliced = block if type(block).__name__ in BLOCKS else None
+            spread(module, sliced, chosen, routing, Sum(group))
     for layer in layers:
         keep_heads(layer, rank, group)
     names = tuple(name for name, _ in found), tuple(layer.name for layer in layers)
@@ -156,6 +181,13 @@ def _one_dimension(mesh: DeviceMesh, dim: str | None) -> DeviceMesh:
     return mesh
 
 
+def _top_k(model: Any) -> int:
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    return int(getattr(config, "num_experts_per_tok", None) or 8)
+
+
 def _experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules that hold all experts of a layer and take ids and weights."""
     for name, module in model.named_modules():
@@ -179,7 +211,7 @@ def _found(model: nn.Module, device: str, ranks: int) -> list[tuple[str, nn.Modu
         )
     for name, module in found:
         experts = int(module.num_experts)  # type: ignore[arg-type]
-        if any(isinstance(hook, _Local) for hook in module._forward_pre_hooks.values()):
+        if hasattr(module, "sharded_over"):
             raise ParallelError(f"parallelize: {name} has been sharded already")
         if experts % ranks:
             raise ParallelError(

@@ -10,6 +10,12 @@ from inductor_moe.compat.aoti import (
     pt2_reader,
     write_pt2,
 )
+from inductor_moe.compat.collectives import (
+    all_gather,
+    all_reduce,
+    all_to_all,
+    process_group_named,
+)
 from inductor_moe.compat.compiling import (
     allow_dynamic,
     cache_folder,
@@ -53,6 +59,9 @@ from inductor_moe.compat.quant import int4_cpu_codes
 
 __all__ = [
     "GraphPass",
+    "all_gather",
+    "all_reduce",
+    "all_to_all",
     "allow_dynamic",
     "aoti_compile",
     "aoti_compile_and_package",
@@ -79,6 +88,7 @@ __all__ = [
     "no_caches",
     "op_overload_type",
     "packaging",
+    "process_group_named",
     "pt2_reader",
     "real_tensors",
     "register_lowering",

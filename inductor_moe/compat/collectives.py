@@ -1,0 +1,39 @@
+"""Collectives as functions of tensors: alike in eager code, under Dynamo and in exported graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def process_group_named(name: str) -> Any:
+    """The process group that functional collectives know by a name."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._resolve_process_group(name)
+
+
+def all_reduce(x: Tensor, group_name: str) -> Tensor:
+    """The sum of all ranks' x."""
+    return _waited(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group_name))
+
+
+def all_gather(x: Tensor, ranks: int, group_name: str) -> Tensor:
+    """All ranks' x, one after the other along dim 0."""
+    return _waited(
+        torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), ranks, group_name)
+    )
+
+
+def all_to_all(x: Tensor, group_name: str) -> Tensor:
+    """One number from each rank for one number to each: x [ranks]."""
+    ones = [1] * x.shape[0]
+    return _waited(
+        torch.ops._c10d_functional.all_to_all_single(x.contiguous(), ones, ones, group_name)
+    )
+
+
+def _waited(x: Tensor) -> Tensor:
+    return torch.ops._c10d_functional.wait_tensor(x)  # type: ignore[no-any-return]
