@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
+import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from inductor_moe import compat
 from inductor_moe.errors import ParallelError
 from inductor_moe.parallel_exchange import (
     BLOCKS,
@@ -24,6 +27,7 @@ from inductor_moe.parallel_heads import Sum, keep_heads, layers_to_share
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+_calls = itertools.count()
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "inductor_moe")
 
 
@@ -85,8 +89,8 @@ def parallelize(
     exchange     how tokens get to the experts: "all-reduce", "all-to-all", or "auto", which is
                  all-to-all from `all_to_all_tokens` tokens of a call on
     all_to_all_tokens  None: 1,024 if all-to-all then moves fewer bytes, and else never
-    timeout      seconds to wait for the other ranks here. Later collectives wait as long as the
-                 process group's own timeout says
+    timeout      seconds to wait for the other ranks here, with any backend. Later collectives wait
+                 as long as the process group's own timeout says
     returns      what this rank keeps
 
     Raises ParallelError on every rank, before anything is changed, if the experts of any rank do
@@ -182,7 +186,7 @@ def _one_dimension(mesh: DeviceMesh, dim: str | None) -> DeviceMesh:
 
 
 def _top_k(model: Any) -> int:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
     return int(getattr(config, "num_experts_per_tok", None) or 8)
@@ -285,24 +289,35 @@ def _sample(tensor: Tensor) -> list[float]:
 
 
 def _agree(group: dist.ProcessGroup, problem: str, signature: list[str], timeout: float) -> None:
-    """Raise on every rank if one has a problem, differs from the first or does not arrive."""
-    try:
-        if dist.get_backend(group) == "gloo":
-            limit = datetime.timedelta(seconds=timeout)
-            dist.monitored_barrier(group, timeout=limit, wait_all_ranks=True)
-        said: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(said, (problem, signature), group=group)
-    except RuntimeError as error:
-        raise ParallelError(
-            f"parallelize: not every rank arrived within {timeout:g} s: {error}"
-        ) from error
-    for rank, (text, _) in enumerate(said):
+    """Raise on every rank if one has a problem, differs from the first or does not arrive.
+
+    By the group's store, not by a collective: its waits end in time whatever the backend.
+    """
+    store, rank = compat.store_of(group), dist.get_rank(group)
+    place = f"inductor_moe/parallelize/{group.group_name}/{next(_calls)}"
+
+    def gather(step: str, text: str) -> list[str]:
+        """The keys of all ranks' texts, once they are all there."""
+        keys = [f"{place}/{step}/{other}" for other in range(dist.get_world_size(group))]
+        store.set(keys[rank], text)
+        try:
+            store.wait(keys, datetime.timedelta(seconds=timeout))
+        except RuntimeError as error:
+            absent = [str(other) for other, key in enumerate(keys) if not store.check([key])]
+            raise ParallelError(
+                f"parallelize: not every rank arrived within {timeout:g} s: rank {rank} waited "
+                f"for {', '.join(absent) or 'one that came too late'}"
+            ) from error
+        return keys
+
+    first = json.loads(store.get(gather("arrived", json.dumps(signature))[0]))
+    if not problem and first != signature:
+        pairs = zip(first, signature, strict=False)
+        counts = f"{len(first)} and {len(signature)} tensors"
+        where = next((f"{a} and {b}" for a, b in pairs if a != b), counts)
+        problem = f"parallelize: the models of ranks 0 and {rank} differ: {where}"
+    # Not only what each thinks: a rank that came late finds all there, when others have given up.
+    for other, key in enumerate(gather("agreed", problem)):
+        text = store.get(key).decode()
         if text:
-            raise ParallelError(text if text == problem else f"on rank {rank}: {text}")
-    for rank, (_, other) in enumerate(said):
-        if other != said[0][1]:
-            where = next(
-                (f"{a} and {b}" for a, b in zip(said[0][1], other, strict=False) if a != b),
-                f"{len(said[0][1])} and {len(other)} tensors",
-            )
-            raise ParallelError(f"parallelize: the models of ranks 0 and {rank} differ: {where}")
+            raise ParallelError(text if other == rank else f"on rank {other}: {text}")

@@ -1,4 +1,4 @@
-"""All-to-all exchange: each rank routes its slice of the tokens and sends them to their experts."""
+"""All-to-all exchange: each rank routes a slice of the tokens and sends them to their experts."""
 
 from __future__ import annotations
 
@@ -106,7 +106,8 @@ def exchange_rows(
     Exactly these rows are sent, for which the host waits until it knows how many they are. While
     a CUDA graph is captured, which must not wait, all N rows of each block are.
     """
-    return _exchange(list(rows), sizes, arriving, fill, group_name)
+    found: list[Tensor] = _exchange(list(rows), sizes, arriving, fill, group_name)
+    return found
 
 
 @torch.library.custom_op("inductor_moe::exchange_rows", mutates_args=())
@@ -189,12 +190,13 @@ def spread(
 
 
 def _slice(block: nn.Module, exchange: Exchange) -> None:
-    inner = block.forward
+    inner: Callable[[Tensor], Any] = block.forward
 
     def forward(hidden_states: Tensor) -> Tensor:
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         if not exchange.slices(flat.shape[0]):
-            return inner(hidden_states)
+            out: Tensor = inner(hidden_states)
+            return out
         exchange.sliced = True
         try:
             out = inner(exchange.own(flat)[None])

@@ -41,6 +41,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", type=int, default=16384, help="tokens of the prefill")
     parser.add_argument("--context", type=int, default=2048, help="tokens in the cache of a step")
     parser.add_argument("--no-heads", dest="heads", action="store_false", help="experts alone")
+    parser.add_argument("--exchange", default="all-reduce", help="or all-to-all, or auto")
     parser.add_argument("--one-shot", action="store_true",
                         help="small all-reduces through PyTorch's symmetric memory")  # fmt: skip
     parser.add_argument("--no-predict", dest="predict", action="store_false")
@@ -173,7 +174,9 @@ class _Process:
 
         mesh = dist.init_device_mesh(self.device, (self.given.ranks,))
         self.model.set_experts_implementation("grouped_mm")
-        done = inductor_moe.parallelize(self.model, mesh, heads=self.given.heads, timeout=120)
+        done = inductor_moe.parallelize(
+            self.model, mesh, heads=self.given.heads, exchange=self.given.exchange, timeout=120
+        )
         self.notes.say(str(done))
         if self.given.one_shot:
             import torch._inductor.config as inductor
@@ -361,6 +364,7 @@ class _Process:
             setup = Setup(
                 given.quant, 1 if phase == "prefill" else int(phase[6:]),
                 given.context + STEPS // 2, given.prompt, heads=given.heads,
+                exchange="all-to-all" if given.exchange == "all-to-all" else "all-reduce",
             )  # fmt: skip
             scale = Scale(decoder, given.model, measured.load([parts], given.model), setup)
             for count in (1, given.ranks):

@@ -15,6 +15,7 @@ from inductor_moe.compat.collectives import (
     all_reduce,
     all_to_all,
     process_group_named,
+    store_of,
 )
 from inductor_moe.compat.compiling import (
     allow_dynamic,
@@ -100,6 +101,7 @@ __all__ = [
     "schema_of",
     "size_hint",
     "statically_true",
+    "store_of",
     "tracing_backend_is_ours",
     "turn_on_dynamo_setting",
     "upper_bound",

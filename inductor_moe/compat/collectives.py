@@ -1,4 +1,4 @@
-"""Collectives as functions of tensors: alike in eager code, under Dynamo and in exported graphs."""
+"""Collectives as functions of tensors, alike in eager, traced and exported code, and stores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ def process_group_named(name: str) -> Any:
     """The process group that functional collectives know by a name."""
     from torch.distributed import distributed_c10d
 
-    return distributed_c10d._resolve_process_group(name)
+    resolve: Any = vars(distributed_c10d)["_resolve_process_group"]
+    return resolve(name)
+
+
+def store_of(group: Any) -> Any:
+    """The key-value store by which the ranks of a process group met."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_process_group_store(group)
 
 
 def all_reduce(x: Tensor, group_name: str) -> Tensor:
