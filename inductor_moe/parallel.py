@@ -123,7 +123,7 @@ def parallelize(
         with torch.no_grad():
             _keep(module, rank * count, count)
         routing = _Local(rank * count, count)
-        module.sharded_over = ranks  # type: ignore[assignment]
+        module.sharded_over, module.exchange = ranks, exchange  # type: ignore[assignment]
         if exchange == "all-reduce":
             module.register_forward_pre_hook(routing)
             module.register_forward_hook(Sum(group))

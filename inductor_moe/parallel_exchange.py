@@ -38,8 +38,10 @@ class Exchange:
         self.sliced = False
 
     def slices(self, tokens: int) -> bool:
-        """Whether so many tokens are shared out."""
-        return self.scheme == "all-to-all" or (self.scheme == "auto" and tokens >= self.first)
+        """Whether so many tokens are shared out. In a package, which cannot wait, "auto" never."""
+        if self.scheme == "auto":
+            return not torch.compiler.is_exporting() and tokens >= self.first
+        return self.scheme == "all-to-all"
 
     def own(self, x: Tensor) -> Tensor:
         """This rank's slice [N, ...] of x [T, ...]: N = ceil(T / ranks), the last filled up."""

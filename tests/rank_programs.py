@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import inductor_moe
 from inductor_moe.backend import collected
-from inductor_moe.errors import ParallelError
+from inductor_moe.errors import ExportError, PackageError, ParallelError
 from inductor_moe.reference.moe import moe_experts_reference
 from inductor_moe.testing import fused_layers, graph_backend, relative_error
 
@@ -122,6 +122,54 @@ def exchange_program(rank, world, tokens, name="qwen3_moe"):
 
 def bytes_of(module):
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+
+
+def package_program(rank, world, place, names):
+    """Packages of sharded models, exported and loaded by each rank, against eager whole ones."""
+    found = {}
+    for name in names:
+        model = family_of(name).build().requires_grad_(False)
+        prompt = zoo.prompt(model, 5, seed=1)
+        tokens, expected = prompt, []
+        with torch.no_grad():
+            for _ in range(4):
+                logits = model(tokens, use_cache=False).logits[:, -1]
+                expected.append(int(logits.argmax()))
+                tokens = torch.cat([tokens, logits.argmax(-1)[:, None]], 1)
+        mesh = init_device_mesh("cpu", (world,))
+        path, said = f"{place}/{name}.pt2", []
+        for given in (mesh, None, mesh):
+            try:
+                inductor_moe.export_generation(model, path, 16, device_mesh=given)
+            except ExportError as error:
+                said.append(str(error))
+            if len(said) == 1:
+                by_parallelize(model, world, exchange="all-to-all")
+        model = by_parallelize(family_of(name).build().requires_grad_(False), world)
+        written = inductor_moe.export_generation(
+            model, path, 16, sampling="greedy", device_mesh=mesh
+        )
+        for arguments in ((written, None, None), (path, None, mesh)):
+            try:
+                generation = inductor_moe.load_generation(*arguments)
+            except PackageError as error:
+                said.append(str(error))
+        found[name] = {
+            "tokens": generation.generate(prompt, 4, eos_token_ids=()).tolist()[0],
+            "expected": expected, "said": said, "written": os.path.basename(written),
+        }  # fmt: skip
+    return found
+
+
+def loading_program(rank, world, place, names):
+    """Packages in a process that did not export them."""
+    mesh = init_device_mesh("cpu", (world,))
+    found = {}
+    for name in names:
+        prompt = zoo.prompt(family_of(name).build(), 5, seed=1)
+        generation = inductor_moe.load_generation(f"{place}/{name}.pt2", device_mesh=mesh)
+        found[name] = generation.generate(prompt, 4, eos_token_ids=()).tolist()[0]
+    return found
 
 
 def shards_program(rank, world, names, compiled=False):

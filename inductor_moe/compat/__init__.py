@@ -14,6 +14,7 @@ from inductor_moe.compat.collectives import (
     all_gather,
     all_reduce,
     all_to_all,
+    name_process_group,
     process_group_named,
     store_of,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "load_method",
     "lower_by_tracing",
     "lower_to_eager_call",
+    "name_process_group",
     "no_caches",
     "op_overload_type",
     "packaging",

@@ -16,6 +16,16 @@ def process_group_named(name: str) -> Any:
     return resolve(name)
 
 
+def name_process_group(name: str, group: Any) -> bool:
+    """Have functional collectives find a group by a name too; False if it is another's."""
+    try:
+        return process_group_named(name) is group or name == group.group_name
+    except (RuntimeError, ValueError, KeyError):
+        register: Any = torch._C._distributed_c10d._register_process_group
+        register(name, group)
+        return True
+
+
 def store_of(group: Any) -> Any:
     """The key-value store by which the ranks of a process group met."""
     from torch.distributed import distributed_c10d
