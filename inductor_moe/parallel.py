@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
+import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +13,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from inductor_moe import compat
 from inductor_moe.errors import ParallelError
+from inductor_moe.parallel_exchange import (
+    BLOCKS,
+    EXCHANGES,
+    Exchange,
+    all_to_all_from,
+    spread,
+)
 from inductor_moe.parallel_heads import Sum, keep_heads, layers_to_share
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+_calls = itertools.count()
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "inductor_moe")
 
 
@@ -52,6 +63,8 @@ def parallelize(
     *,
     dim: str | None = None,
     heads: bool = True,
+    exchange: str = "all-reduce",
+    all_to_all_tokens: int | None = None,
     timeout: float = 60.0,
 ) -> Parallelization:
     """Shard experts and heads of a model over a mesh, in place; the rest stays replicated.
@@ -60,7 +73,9 @@ def parallelize(
     compared). Rank r of n keeps experts r * E / n to (r + 1) * E / n - 1 of each experts module of
     transformers, packed weights of `quantize_` included. The model's code stays: a hook renumbers
     the router's choices before the experts, and one all-reduce after them sums the ranks'
-    results. Routers and shared experts run on every rank, outside of that sum.
+    results. Routers and shared experts run on every rank, outside of that sum. With all-to-all
+    exchange each rank instead has a slice of the tokens of a MoE layer, and sends each of them to
+    the ranks of its experts.
 
     The heads of attention and delta-rule layers are cut into as many parts as fit: ranks and heads
     divide by it, and key heads too or several parts keep the same one. The projection after them
@@ -71,8 +86,11 @@ def parallelize(
                  ids [T, K], weights [T, K]), the number of experts in `num_experts`
     device_mesh  of one dimension, or of several with `dim` naming the one to shard over
     heads        whether attention and delta-rule layers are sharded
-    timeout      seconds to wait for the other ranks here. Later collectives wait as long as the
-                 process group's own timeout says
+    exchange     how tokens get to the experts: "all-reduce", "all-to-all", or "auto", which is
+                 all-to-all from `all_to_all_tokens` tokens of a call on
+    all_to_all_tokens  None: 1,024 if all-to-all then moves fewer bytes, and else never
+    timeout      seconds to wait for the other ranks here, with any backend. Later collectives wait
+                 as long as the process group's own timeout says
     returns      what this rank keeps
 
     Raises ParallelError on every rank, before anything is changed, if the experts of any rank do
@@ -80,6 +98,10 @@ def parallelize(
     models differ, or if the mesh does not fit. A rank that does not arrive within `timeout` is an
     error on the others.
     """
+    if exchange not in EXCHANGES:
+        raise ParallelError(
+            f"parallelize: exchange must be one of {', '.join(EXCHANGES)} (got {exchange!r})"
+        )
     mesh = _one_dimension(device_mesh, dim)
     group, rank, ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
     problem, found, layers, signature = "", [], [], []
@@ -95,13 +117,20 @@ def parallelize(
 
     touched = [*(module for _, module in found), *(layer.module for layer in layers)]
     before = sum(map(_bytes, touched))
-    for _, module in found:
+    chosen = Exchange(group, exchange, all_to_all_from(ranks, _top_k(model), all_to_all_tokens))
+    for name, module in found:
         count = int(module.num_experts) // ranks  # type: ignore[arg-type]
         with torch.no_grad():
             _keep(module, rank * count, count)
         routing = _Local(rank * count, count)
-        module.register_forward_pre_hook(routing)
-        module.register_forward_hook(Sum(group))
+        module.sharded_over, module.exchange = ranks, exchange  # type: ignore[assignment]
+        if exchange == "all-reduce":
+            module.register_forward_pre_hook(routing)
+            module.register_forward_hook(Sum(group))
+        else:
+            block = model.get_submodule(name.rpartition(".")[0])
+            sliced = block if type(block).__name__ in BLOCKS else None
+            spread(module, sliced, chosen, routing, Sum(group))
     for layer in layers:
         keep_heads(layer, rank, group)
     names = tuple(name for name, _ in found), tuple(layer.name for layer in layers)
@@ -156,6 +185,13 @@ def _one_dimension(mesh: DeviceMesh, dim: str | None) -> DeviceMesh:
     return mesh
 
 
+def _top_k(model: Any) -> int:
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    return int(getattr(config, "num_experts_per_tok", None) or 8)
+
+
 def _experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules that hold all experts of a layer and take ids and weights."""
     for name, module in model.named_modules():
@@ -179,7 +215,7 @@ def _found(model: nn.Module, device: str, ranks: int) -> list[tuple[str, nn.Modu
         )
     for name, module in found:
         experts = int(module.num_experts)  # type: ignore[arg-type]
-        if any(isinstance(hook, _Local) for hook in module._forward_pre_hooks.values()):
+        if hasattr(module, "sharded_over"):
             raise ParallelError(f"parallelize: {name} has been sharded already")
         if experts % ranks:
             raise ParallelError(
@@ -253,24 +289,35 @@ def _sample(tensor: Tensor) -> list[float]:
 
 
 def _agree(group: dist.ProcessGroup, problem: str, signature: list[str], timeout: float) -> None:
-    """Raise on every rank if one has a problem, differs from the first or does not arrive."""
-    try:
-        if dist.get_backend(group) == "gloo":
-            limit = datetime.timedelta(seconds=timeout)
-            dist.monitored_barrier(group, timeout=limit, wait_all_ranks=True)
-        said: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(said, (problem, signature), group=group)
-    except RuntimeError as error:
-        raise ParallelError(
-            f"parallelize: not every rank arrived within {timeout:g} s: {error}"
-        ) from error
-    for rank, (text, _) in enumerate(said):
+    """Raise on every rank if one has a problem, differs from the first or does not arrive.
+
+    By the group's store, not by a collective: its waits end in time whatever the backend.
+    """
+    store, rank = compat.store_of(group), dist.get_rank(group)
+    place = f"inductor_moe/parallelize/{group.group_name}/{next(_calls)}"
+
+    def gather(step: str, text: str) -> list[str]:
+        """The keys of all ranks' texts, once they are all there."""
+        keys = [f"{place}/{step}/{other}" for other in range(dist.get_world_size(group))]
+        store.set(keys[rank], text)
+        try:
+            store.wait(keys, datetime.timedelta(seconds=timeout))
+        except RuntimeError as error:
+            absent = [str(other) for other, key in enumerate(keys) if not store.check([key])]
+            raise ParallelError(
+                f"parallelize: not every rank arrived within {timeout:g} s: rank {rank} waited "
+                f"for {', '.join(absent) or 'one that came too late'}"
+            ) from error
+        return keys
+
+    first = json.loads(store.get(gather("arrived", json.dumps(signature))[0]))
+    if not problem and first != signature:
+        pairs = zip(first, signature, strict=False)
+        counts = f"{len(first)} and {len(signature)} tensors"
+        where = next((f"{a} and {b}" for a, b in pairs if a != b), counts)
+        problem = f"parallelize: the models of ranks 0 and {rank} differ: {where}"
+    # Not only what each thinks: a rank that came late finds all there, when others have given up.
+    for other, key in enumerate(gather("agreed", problem)):
+        text = store.get(key).decode()
         if text:
-            raise ParallelError(text if text == problem else f"on rank {rank}: {text}")
-    for rank, (_, other) in enumerate(said):
-        if other != said[0][1]:
-            where = next(
-                (f"{a} and {b}" for a, b in zip(said[0][1], other, strict=False) if a != b),
-                f"{len(said[0][1])} and {len(other)} tensors",
-            )
-            raise ParallelError(f"parallelize: the models of ranks 0 and {rank} differ: {where}")
+            raise ParallelError(text if other == rank else f"on rank {other}: {text}")

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from inductor_moe import compat
 from inductor_moe.errors import ParallelError
 from inductor_moe.quant.slicing import (
     columns_group,
@@ -98,14 +99,13 @@ class Sum:
     """Adds up the results of all ranks; `counts`: whether this rank's own is one to add."""
 
     def __init__(self, group: dist.ProcessGroup, counts: bool = True) -> None:
-        self.group, self.counts = group, counts
+        self.group, self.counts = str(group.group_name), counts
 
     def __call__(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
         # One sum over all ranks, not one for each set of parts: its result is the same to the
         # bit everywhere, and so are the choices of the routers after it.
         output = output if self.counts else torch.zeros_like(output)
-        dist.all_reduce(output, group=self.group)
-        return output
+        return compat.all_reduce(output, self.group)
 
 
 def shard_heads(layer: HeadsLayer, part: int) -> None:

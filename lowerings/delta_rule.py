@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from inductor_moe import compat
-from inductor_moe.lowerings.trace import lower
+from inductor_moe.lowerings.trace import by_tokens, lower
 from inductor_moe.ops import delta_rule as ops
 from inductor_moe.reference import delta_rule as reference
 from inductor_moe.reference.delta_scan import delta_rule_scan
@@ -28,10 +28,10 @@ def delta_rule_lowering(q: Any, *args: Any) -> Any:
         bound = compat.upper_bound(tokens)
         assert bound is not None
         return delta_rule_scan(q, *args[:7], max_tokens=bound)
-    from inductor_moe.kernels.delta_rule import delta_rule
+    from inductor_moe.kernels import delta_rule as kernels
 
-    hint: dict[str, Any] = {"tokens_hint": compat.size_hint(q.shape[1])}
-    return delta_rule(q, *args, **hint)
+    few = kernels.RECURRENT_TOKENS if kernels.has_chunks(q, args[1], args[2]) else 0
+    return by_tokens(kernels.delta_rule, (q, *args), q.shape[1], few)
 
 
 def delta_decode_lowering(qkv: Any, *args: Any) -> Any:

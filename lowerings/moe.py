@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from inductor_moe import compat
-from inductor_moe.lowerings.trace import lower
+from inductor_moe.lowerings.trace import DECODE_TOKENS, by_tokens, lower
 from inductor_moe.ops import moe, moe_cpu, moe_route, moe_router, shared
 
 
@@ -47,10 +48,8 @@ def moe_experts_shared_lowering(x: Any, ids: Any, *args: Any) -> Any:
         return shared.moe_experts_shared_plain(x, ids, *args)
     from inductor_moe.ops import shared_cuda
 
-    tokens = compat.size_hint(ids.shape[0])
-    return shared_cuda.moe_experts_shared_cuda(
-        x, ids, *args, tokens_hint=tokens, wrap=compat.wrap_triton
-    )
+    launch = functools.partial(shared_cuda.moe_experts_shared_cuda, wrap=compat.wrap_triton)
+    return by_tokens(launch, (x, ids, *args), ids.shape[0], DECODE_TOKENS)
 
 
 def _lowering(launcher: str, aten: Callable[..., Any], ids: int) -> Callable[..., Any]:
@@ -65,7 +64,7 @@ def _lowering(launcher: str, aten: Callable[..., Any], ids: int) -> Callable[...
             return aten(*args)
         from inductor_moe.ops import moe_cuda
 
-        tokens = compat.size_hint(args[ids].shape[0])
-        return getattr(moe_cuda, launcher)(*args, tokens_hint=tokens, wrap=compat.wrap_triton)
+        launch = functools.partial(getattr(moe_cuda, launcher), wrap=compat.wrap_triton)
+        return by_tokens(launch, args, args[ids].shape[0], DECODE_TOKENS)
 
     return implementation

@@ -44,7 +44,7 @@ ROUTES = {
 # Above the layers: what a user calls. No layer imports these, and they may import anything.
 SURFACE = {
     "__init__", "bench", "bisection", "cli", "compiling", "demo", "doctor", "explanation",
-    "parallel", "parallel_heads", "report_html", "targets", "testing",
+    "parallel", "parallel_exchange", "parallel_heads", "report_html", "targets", "testing",
 }  # fmt: skip
 
 PRIVATE = ("torch._", "functorch")

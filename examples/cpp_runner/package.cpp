@@ -59,6 +59,11 @@ Package::Package(const std::string& path) {
                     ": export the model again, or build the runner that belongs to it");
     batch_size = metadata["batch_size"].integer();
     max_seq_len = metadata["max_seq_len"].integer();
+    if (metadata.members().count("ranks") && metadata["ranks"].integer() > 1)
+      throw Failure(path + ": the package is for one of " +
+                    std::to_string(metadata["ranks"].integer()) +
+                    " ranks; this runner starts no process group, so load it with "
+                    "inductor_moe.load_generation");
     vocab_size = metadata["vocab_size"].integer();
     eos_token_ids = metadata["eos_token_ids"].integers();
     if (metadata.members().count("sampling")) sampling = metadata["sampling"].text();

@@ -57,6 +57,8 @@ class Metadata:
     states        in the order of the methods' inputs, after tokens, temperature, top_p, uniforms
     weight_bytes  the size of every weight record
     sampling      "top_p", or "greedy": the methods do not read temperature, top_p and uniforms
+    ranks, rank   how many processes run the model together, each with its package, and whose
+                  this is; group: the name by which the methods call that process group
     """
 
     format: int
@@ -72,6 +74,9 @@ class Metadata:
     methods: dict[str, dict[str, Constant]]
     weight_bytes: tuple[int, ...]
     sampling: str = "top_p"  # what packages without the field do
+    ranks: int = 1
+    rank: int = 0
+    group: str = ""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)

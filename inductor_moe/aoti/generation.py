@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,11 +13,15 @@ from inductor_moe import compat
 from inductor_moe import report as reporting
 from inductor_moe.aoti import archive, audit
 from inductor_moe.aoti.packaging import fused_configs
+from inductor_moe.aoti.ranks import check_sharded, rank_path
 from inductor_moe.aoti.sampling import SAMPLING
 from inductor_moe.aoti.steps import State, Step, read_states
 from inductor_moe.backend import check_strict
 from inductor_moe.capture.delta_rule import capture_for_export
 from inductor_moe.errors import ExportError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 EXAMPLE_TOKENS = 100
 
@@ -30,6 +34,7 @@ def export_generation(
     *,
     sampling: str = "top_p",
     options: Mapping[str, Any] | None = None,
+    device_mesh: DeviceMesh | None = None,
 ) -> str:
     """Compile a transformers causal LM into one .pt2 that generates without Python.
 
@@ -42,6 +47,8 @@ def export_generation(
     sampling      "top_p": each call chooses temperature and top_p; "greedy": always the most
                   likely token, without sorting the vocabulary in each step
     options       ours (``inductor_moe.*``) and Inductor's, as for torch.compile
+    device_mesh   of a model that `parallelize` sharded: the mesh. Every rank calls this and writes
+                  a file of its own, model.rank0of2.pt2 for model.pt2, whose path is returned
 
     The methods are ``prefill`` (tokens [B, T], 2 <= T <= max_seq_len) and ``decode`` (T = 1);
     both take tokens, temperature, top_p, uniforms and the states of a session, which they update
@@ -60,6 +67,9 @@ def export_generation(
             "export_generation: aot_inductor.cross_target_platform is set; packages are made on "
             "the platform and the kind of GPU that they run on"
         )
+    check_sharded(model, device_mesh)
+    if device_mesh is not None:
+        package_path = rank_path(package_path, device_mesh)
     table = archive.WeightTable()
     files: dict[str, list[str]] = {}
     methods: dict[str, dict[str, archive.Constant]] = {}
@@ -99,6 +109,9 @@ def export_generation(
             methods=methods,
             weight_bytes=tuple(storage.nbytes() for storage in table.storages),
             sampling=sampling,
+            ranks=1 if device_mesh is None else device_mesh.size(),
+            rank=0 if device_mesh is None else device_mesh.get_local_rank(),
+            group="" if device_mesh is None else str(device_mesh.get_group().group_name),
         ),
     )
     return os.fspath(package_path)

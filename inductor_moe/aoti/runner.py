@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,11 @@ from torch import Tensor
 from inductor_moe import compat
 from inductor_moe.aoti.archive import Archive, Metadata, view
 from inductor_moe.aoti.random import uniforms
+from inductor_moe.aoti.ranks import check_mesh, join, rank_path
 from inductor_moe.errors import GenerationError, PackageError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 WARM_UP = 2  # runs before a capture: the first allocates and loads kernels
 
@@ -20,16 +24,24 @@ Prompt = Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 
 def load_generation(
-    path: str | os.PathLike[str], device: str | torch.device | None = None
+    path: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    device_mesh: DeviceMesh | None = None,
 ) -> Generation:
     """Load a package of `export_generation`.
 
     path    the .pt2; its weights are mapped (CPU) or copied to the GPU, once for all methods
     device  the CPU or a GPU, of the type that the package was made for; None: that type's first
-    Raises PackageError for a damaged file, another format, or a device that does not fit.
+    device_mesh  of packages that were exported with one: as many ranks, each of which calls this
+            with the same path and then the same methods, as they wait for each other
+    Raises PackageError for a damaged file, another format, a device or a mesh that does not fit.
     """
+    if device_mesh is not None:
+        check_mesh("load_generation", device_mesh, PackageError)
+        path = rank_path(path, device_mesh)
     archive = Archive(path)
     metadata = archive.metadata()
+    join(metadata, device_mesh, archive.path)
     chosen = _device(metadata, device, archive)
     weights = archive.weights(metadata, chosen)
     methods = {}
@@ -229,7 +241,9 @@ class Session:
                 self._run("decode", self._token)
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        # NCCL's own thread may ask for events meanwhile, an error by default.
+        mode = "thread_local" if self._generation.metadata.ranks > 1 else "global"
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
             self._run("decode", self._token)
         torch.cuda.synchronize(self._generation.device)
         for tensor, before in zip((self._token, *self._states), kept, strict=True):

@@ -134,7 +134,8 @@ class Decode:
                 compiled(self.token)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        # NCCL's own thread may ask for events meanwhile, an error by default.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self.logits = compiled(self.token)
         return graph
 

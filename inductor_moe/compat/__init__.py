@@ -10,6 +10,14 @@ from inductor_moe.compat.aoti import (
     pt2_reader,
     write_pt2,
 )
+from inductor_moe.compat.collectives import (
+    all_gather,
+    all_reduce,
+    all_to_all,
+    name_process_group,
+    process_group_named,
+    store_of,
+)
 from inductor_moe.compat.compiling import (
     allow_dynamic,
     cache_folder,
@@ -26,8 +34,10 @@ from inductor_moe.compat.compiling import (
 )
 from inductor_moe.compat.launches import remember_launches, remembering
 from inductor_moe.compat.lowering import (
+    branch,
     fake_arguments,
     is_symbolic,
+    lower_bound,
     lower_by_tracing,
     lower_to_eager_call,
     packaging,
@@ -53,10 +63,14 @@ from inductor_moe.compat.quant import int4_cpu_codes
 
 __all__ = [
     "GraphPass",
+    "all_gather",
+    "all_reduce",
+    "all_to_all",
     "allow_dynamic",
     "aoti_compile",
     "aoti_compile_and_package",
     "boxed",
+    "branch",
     "cache_folder",
     "caches_enabled",
     "clear_graph_breaks",
@@ -74,11 +88,14 @@ __all__ = [
     "is_symbolic",
     "keep_matmuls",
     "load_method",
+    "lower_bound",
     "lower_by_tracing",
     "lower_to_eager_call",
+    "name_process_group",
     "no_caches",
     "op_overload_type",
     "packaging",
+    "process_group_named",
     "pt2_reader",
     "real_tensors",
     "register_lowering",
@@ -90,6 +107,7 @@ __all__ = [
     "schema_of",
     "size_hint",
     "statically_true",
+    "store_of",
     "tracing_backend_is_ours",
     "turn_on_dynamo_setting",
     "upper_bound",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +35,14 @@ def upper_bound(size: Any) -> int | None:
         return size
     bound = size.node.shape_env.bound_sympy(size.node.expr).upper
     return int(bound) if bound.is_Integer and int(bound) < 2**40 else None
+
+
+def lower_bound(size: Any) -> int:
+    """The smallest value a size can have."""
+    if isinstance(size, int):
+        return size
+    bound = size.node.shape_env.bound_sympy(size.node.expr).lower
+    return max(0, int(bound)) if bound.is_Integer else 0
 
 
 def packaging() -> bool:
@@ -126,7 +135,7 @@ def lower_by_tracing(
             value = _realised(value, ir)
             values[position] = value
             with V.fake_mode:
-                fake = _with_strides(fake, value.get_stride())
+                fake = _as_laid_out(fake, value.get_layout())
         boxes.append(value)
         inputs.append(fake)
         fakes[position] = _Hole
@@ -139,6 +148,7 @@ def lower_by_tracing(
 
     with V.fake_mode:
         traced = make_fx(call, decomposition_table=select_decomp_table())(*inputs)
+    _own_subgraphs(traced)
     return process_subgraph_nodes(traced, boxes)
 
 
@@ -154,19 +164,61 @@ def _realised(value: Any, ir: Any) -> Any:
     return value if isinstance(value, ir.TensorBox) else ir.TensorBox(value)
 
 
-def _with_strides(fake: torch.Tensor, strides: Any) -> torch.Tensor:
-    """The fake with a buffer's strides, where they differ."""
-    known = [s.node.expr if isinstance(s, torch.SymInt) else s for s in fake.stride()]
-    if all(left == right for left, right in zip(known, strides, strict=True)):
-        return fake
+def _as_laid_out(fake: torch.Tensor, layout: Any) -> torch.Tensor:
+    """The fake with a buffer's strides and offset, where they differ."""
     from torch._inductor.virtualized import V
 
+    told = (*fake.stride(), fake.storage_offset())
+    known = [x.node.expr if isinstance(x, torch.SymInt) else x for x in told]
+    found = (*layout.stride, layout.offset)
+    if all(left == right for left, right in zip(known, found, strict=True)):
+        return fake
     shape_env = V.graph.sizevars.shape_env
-    symbolic = [
-        int(s) if getattr(s, "is_number", True) else shape_env.create_symintnode(s, hint=None)
-        for s in strides
+    *strides, offset = [
+        int(x) if getattr(x, "is_number", True) else shape_env.create_symintnode(x, hint=None)
+        for x in found
     ]
-    return torch.empty_strided(fake.shape, symbolic, dtype=fake.dtype, device=fake.device)
+    base = torch.empty_strided(fake.shape, strides, dtype=fake.dtype, device=fake.device)
+    return base.as_strided(fake.shape, strides, offset)
+
+
+def branch(
+    condition: Any, yes: Callable[..., Any], no: Callable[..., Any], args: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """yes(*args) or no(*args), by a condition on sizes that is decided when the graph runs.
+
+    For implementations under `lower_by_tracing`. Both return the same number of new tensors, of
+    equal shapes, strides and dtypes.
+    """
+    from torch.utils import _pytree as pytree
+
+    leaves, spec = pytree.tree_flatten(args)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+    def over_tensors(function: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+        def call(*given: torch.Tensor) -> tuple[Any, ...]:
+            remaining = iter(given)
+            filled = [next(remaining) if isinstance(x, torch.Tensor) else x for x in leaves]
+            found = function(*pytree.tree_unflatten(filled, spec))
+            return found if isinstance(found, tuple) else (found,)
+
+        return call
+
+    cond: Any = torch.ops.higher_order.cond
+    return tuple(cond(condition, over_tensors(yes), over_tensors(no), tensors))
+
+
+def _own_subgraphs(traced: fx.GraphModule) -> None:
+    """Move the branches of a traced graph to the graph being lowered, where Inductor looks."""
+    from torch._inductor.virtualized import V
+
+    owner = V.graph.module
+    for node in traced.graph.find_nodes(op="get_attr"):
+        found = getattr(traced, node.target, None)
+        if isinstance(found, fx.GraphModule):
+            names = (f"{node.target}_{count}" for count in itertools.count())
+            node.target = next(name for name in names if not hasattr(owner, name))
+            setattr(owner, node.target, found)
 
 
 def schema_of(op: Any) -> Any:

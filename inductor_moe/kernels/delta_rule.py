@@ -19,6 +19,12 @@ CHANNEL_CHUNK_WIDTHS = (128,)
 ALIGNED = 16
 
 
+def has_chunks(q: Tensor, v: Tensor, g: Tensor | None) -> bool:
+    """Whether the chunked kernels serve these head dims."""
+    widths = CHANNEL_CHUNK_WIDTHS if g is not None and g.dim() == 4 else CHUNK_WIDTHS
+    return q.shape[3] in widths and v.shape[3] in widths
+
+
 def chunk_width(width: int) -> int:
     return max(CHUNK_WIDTHS[0], triton.next_power_of_2(width))
 
@@ -98,8 +104,7 @@ def delta_rule(
         sequences = 1 if cu_seqlens is None else max(1, cu_seqlens.shape[0] - 1)
         tokens_hint = (tokens + sequences - 1) // sequences
     arguments = (q, k, v, g, beta, state, scale, l2norm_eps, cu_seqlens)
-    widths = CHANNEL_CHUNK_WIDTHS if g is not None and g.dim() == 4 else CHUNK_WIDTHS
     few = tokens_hint is not None and tokens_hint <= RECURRENT_TOKENS
-    if few or q.shape[3] not in widths or v.shape[3] not in widths:
+    if few or not has_chunks(q, v, g):
         return delta_rule_recurrent(*arguments)
     return delta_rule_padded(*arguments)

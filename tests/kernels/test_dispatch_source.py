@@ -1,0 +1,120 @@
+"""A CUDA package of a dynamic length holds the kernels for few tokens and for many."""
+
+from __future__ import annotations
+
+import os
+import re
+from unittest import mock
+
+import pytest
+import torch
+from kernels.generated import Drawn, source
+from torch._inductor.ir import FixedLayout
+from torch._inductor.virtualized import V
+
+from inductor_moe.compat import lowering
+from inductor_moe.ops import moe, quant
+from inductor_moe.ops.delta_rule import delta_rule
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="needs compiled kernels"
+)
+FLOAT, CODES = torch.float32, torch.int16  # four codes of 4 bits
+
+
+def delta(drawn, width=128):
+    tokens = drawn.tokens
+    tensors = [
+        *(drawn.tensor(1, tokens, heads, width) for heads in (2, 2, 4)),
+        *(drawn.tensor(1, tokens, 4, dtype=FLOAT) for _ in range(2)),
+        drawn.tensor(1, 4, width, width, dtype=FLOAT),
+    ]
+    return tensors, lambda *given: delta_rule(*given, 0.1, 1e-6)
+
+
+def routed(drawn):
+    return [
+        drawn.tensor(drawn.tokens, 8, dtype=torch.int64),
+        drawn.tensor(drawn.tokens, 8, dtype=FLOAT),
+    ]
+
+
+def experts(drawn):
+    weights = [drawn.tensor(64, 256, 128), drawn.tensor(64, 128, 128)]
+    tensors = [drawn.tensor(drawn.tokens, 128), *weights, *routed(drawn)]
+    return tensors, lambda *given: moe.moe_experts(*given, None, None, "silu", "chunked")
+
+
+def packed_experts(drawn):
+    up = [drawn.tensor(64, 256, 32, dtype=CODES), drawn.tensor(64, 256, 1)]
+    down = [drawn.tensor(64, 128, 32, dtype=CODES), drawn.tensor(64, 128, 1)]
+
+    def run(x, up, up_scales, down, down_scales, ids, weights):
+        return quant.moe_experts_quantized(
+            x, up, up_scales, None, 128, down, down_scales, None, 128, 128, ids, weights,
+            None, None, "silu", "chunked",
+        )  # fmt: skip
+
+    return [drawn.tensor(drawn.tokens, 128), *up, *down, *routed(drawn)], run
+
+
+CASES = {
+    "delta": (delta, "delta_recurrent_kernel", "delta_chunk_scan_kernel"),
+    "experts": (experts, "moe_up_decode_kernel", "moe_grouped_gemm_kernel"),
+    "packed experts": (
+        packed_experts, "quantized_up_decode_kernel", "moe_quantized_gemm_kernel",
+    ),
+}  # fmt: skip
+
+
+def launched(code):
+    return set(re.findall(r"\bcall_(\w+_kernel)_\d+\(", code))
+
+
+@pytest.mark.parametrize("hint", [5, 100])
+@pytest.mark.parametrize("case", CASES)
+def test_a_package_of_any_length_chooses_when_it_runs(case, hint):
+    make, small, large = CASES[case]
+    drawn = Drawn(1, 288, hint)
+    tensors, run = make(drawn)
+    code = source(drawn, run, tensors)
+    before, rest = re.split(rf"\n *if \({drawn.tokens.node.expr} <= 8L\) {{\n", code)
+    when_few, when_many = rest.split("} else {\n")
+    assert not launched(before)
+    assert small in launched(when_few) and large not in launched(when_few)
+    assert large in launched(when_many) and small not in launched(when_many)
+
+
+@pytest.mark.parametrize("least, most, expected", [(2, 8, "small"), (9, 288, "large")])
+@pytest.mark.parametrize("case", ["delta", "experts", "packed experts"])
+def test_lengths_of_one_kind_take_one_form(case, least, most, expected):
+    make, small, large = CASES[case]
+    drawn = Drawn(least, most, most - 1)
+    tensors, run = make(drawn)
+    code = source(drawn, run, tensors)
+    assert ({small, large} & launched(code)) == {{"small": small, "large": large}[expected]}
+
+
+def test_head_dims_without_chunks_take_one_form():
+    drawn = Drawn(1, 288, 100)
+    tensors, run = delta(drawn, width=32)
+    assert launched(source(drawn, run, tensors)) == {"delta_recurrent_kernel"}
+
+
+def test_torch_compile_does_not_choose_when_it_runs():
+    drawn = Drawn(2, 288, 100)
+    tensors, run = delta(drawn)
+    code = source(drawn, run, tensors, package=False)
+    assert "delta_chunk_scan_kernel" in code and "delta_recurrent_kernel" not in code
+
+
+def test_fakes_lie_where_their_buffers_do():
+    """What a branch takes for a vector's boundary is one."""
+    drawn = Drawn(1, 288, 100)
+    size, stride = (drawn.tokens, 4, 8), (40, 10, 1)
+    symbols = (drawn.tokens.node.expr, 4, 8)
+    layout = FixedLayout(torch.device("cuda"), torch.bfloat16, symbols, stride, offset=3)
+    with drawn.mode, V.set_graph_handler(mock.MagicMock()):
+        fake = lowering._as_laid_out(drawn.tensor(*size), layout)
+    assert fake.stride() == stride and fake.storage_offset() == 3
+    assert fake.shape == size
