@@ -102,21 +102,55 @@ class Parser {
     expect('"');
     std::string found;
     while (at_ < text_.size() && text_[at_] != '"') {
-      char c = text_[at_++];
-      if (c == '\\') {
-        if (at_ >= text_.size()) fail();
-        c = text_[at_++];
-        if (c == 'n') c = '\n';
-        else if (c == 't') c = '\t';
-        else if (c != '"' && c != '\\' && c != '/') fail();  // names here are plain ASCII
-      }
-      found.push_back(c);
+      const char c = text_[at_++];
+      if (c == '\\') escape(found);
+      else found.push_back(c);
     }
     if (at_ >= text_.size()) fail();
     ++at_;
     return found;
   }
+
+  void escape(std::string& found) {
+    static const std::string names = "nrtbf\"\\/", meant = "\n\r\t\b\f\"\\/";
+    if (at_ >= text_.size()) fail();
+    const char c = text_[at_++];
+    if (const size_t which = names.find(c); which != std::string::npos) {
+      found.push_back(meant[which]);
+      return;
+    }
+    if (c != 'u') fail();
+    uint32_t code = four_digits();
+    if (code >= 0xd800 && code < 0xdc00) {
+      if (text_.compare(at_, 2, "\\u") != 0) fail();
+      at_ += 2;
+      const uint32_t low = four_digits();
+      if (low < 0xdc00 || low > 0xdfff) fail();
+      code = 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
+    }
+    found += utf8(code);
+  }
+
+  uint32_t four_digits() {
+    if (at_ + 4 > text_.size()) fail();
+    uint32_t code = 0;
+    for (int i = 0; i < 4; ++i) {
+      const char c = text_[at_++];
+      if (!std::isxdigit(static_cast<unsigned char>(c))) fail();
+      code = code * 16 + static_cast<uint32_t>(c <= '9' ? c - '0' : (c | 32) - 'a' + 10);
+    }
+    return code;
+  }
 };
+
+std::string utf8(uint32_t c) {
+  if (c < 0x80) return {static_cast<char>(c)};
+  const int more = c < 0x800 ? 1 : c < 0x10000 ? 2 : 3;
+  std::string found{static_cast<char>((0xff00 >> (more + 1)) | (c >> (6 * more)))};
+  for (int i = more - 1; i >= 0; --i)
+    found.push_back(static_cast<char>(0x80 | ((c >> (6 * i)) & 0x3f)));
+  return found;
+}
 
 Json Json::parse(const std::string& text) { return Parser(text).whole(); }
 

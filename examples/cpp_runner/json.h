@@ -1,4 +1,4 @@
-// As much JSON as the metadata of a package needs.
+// As much JSON as the metadata of a package and a tokenizer.json need.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +19,13 @@ class Json {
   int64_t integer() const;
   std::vector<int64_t> integers() const;
 
+  // These ask, and do not throw.
+  bool has(const std::string& key) const { return members_.count(key) > 0; }
+  bool null() const { return kind_ == Kind::null; }
+  bool is_false() const { return kind_ == Kind::boolean && number_ == 0; }
+  bool is_text() const { return kind_ == Kind::string; }
+  bool is_text(const std::string& text) const { return is_text() && text_ == text; }
+
  private:
   enum class Kind { null, boolean, number, string, array, object };
   Kind kind_ = Kind::null;
@@ -29,3 +36,6 @@ class Json {
 
   friend class Parser;
 };
+
+// A character as UTF-8.
+std::string utf8(uint32_t c);

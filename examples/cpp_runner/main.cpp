@@ -8,14 +8,17 @@
 #include <sstream>
 
 #include "session.h"
+#include "tokenizer.h"
 
 namespace {
 
 const char* const kUsage = R"(usage: generate --package FILE --prompt-ids IDS [options]
+       generate --package FILE --tokenizer FILE --prompt TEXT [options]
   --package FILE        a .pt2 of inductor_moe.export_generation
   --prompt-ids IDS      token ids, separated by commas; for a batch, rows separated by semicolons;
                         @FILE reads them from a file
-  --prompt TEXT         needs a tokenizer, which this build has not; use --prompt-ids
+  --prompt TEXT         in place of --prompt-ids; needs --tokenizer. UTF-8, taken as it is (NFC)
+  --tokenizer FILE      a tokenizer.json of byte-level BPE; the generated text is printed, too
   --max-new-tokens N    default 32
   --temperature X       default 0: the most likely token
   --top-p X             in (0, 1], default 1
@@ -27,7 +30,7 @@ const char* const kUsage = R"(usage: generate --package FILE --prompt-ids IDS [o
 )";
 
 struct Arguments {
-  std::string package, prompt_ids;
+  std::string package, prompt_ids, prompt, tokenizer;
   int64_t max_new_tokens = 32, sessions = 1, warmup = 0, iters = 1;
   Sampling sampling;
   bool cuda_graph = false, ignore_eos = false;
@@ -64,12 +67,12 @@ Arguments parse(int argc, char** argv) {
       found.ignore_eos = true;
       continue;
     }
-    if (name == "--prompt")
-      throw Failure("--prompt: this build has no tokenizer; use --prompt-ids");
     if (i + 1 >= argc) throw Failure(name + ": unknown, or without its value (see --help)");
     const std::string value = argv[++i];
     if (name == "--package") found.package = value;
     else if (name == "--prompt-ids") found.prompt_ids = value;
+    else if (name == "--prompt") found.prompt = value;
+    else if (name == "--tokenizer") found.tokenizer = value;
     else if (name == "--max-new-tokens") found.max_new_tokens = integer(name, value, 1);
     else if (name == "--temperature") found.sampling.temperature = real(name, value);
     else if (name == "--top-p") found.sampling.top_p = real(name, value);
@@ -80,7 +83,10 @@ Arguments parse(int argc, char** argv) {
     else throw Failure(name + ": unknown option (see --help)");
   }
   if (found.package.empty()) throw Failure("--package is missing (see --help)");
-  if (found.prompt_ids.empty()) throw Failure("--prompt-ids is missing (see --help)");
+  if (found.prompt_ids.empty() == found.prompt.empty())
+    throw Failure("one of --prompt-ids and --prompt must be given (see --help)");
+  if (!found.prompt.empty() && found.tokenizer.empty())
+    throw Failure("--prompt needs --tokenizer, a tokenizer.json; or use --prompt-ids");
   if (!(found.sampling.temperature >= 0)) throw Failure("--temperature must be 0 or more");
   if (!(found.sampling.top_p > 0 && found.sampling.top_p <= 1))
     throw Failure("--top-p must be in (0, 1]");
@@ -118,6 +124,25 @@ at::Tensor read_prompt(std::string text, const Package& package) {
       throw Failure("--prompt-ids: " + std::to_string(id) + " is outside the vocabulary of " +
                     std::to_string(package.vocab_size));
   return at::tensor(ids, at::kLong).view({rows, width});
+}
+
+// Ids of a text as rows that read_prompt reads: the same text for each row of the batch.
+std::string spelled(const std::vector<int64_t>& ids, int64_t rows) {
+  std::string row, found;
+  for (const int64_t id : ids) row += (row.empty() ? "" : ",") + std::to_string(id);
+  for (int64_t i = 0; i < rows; ++i) found += (i ? ";" : "") + row;
+  return found;
+}
+
+// On one line.
+std::string quoted(const std::string& text) {
+  std::string found;
+  for (const char c : text) {
+    if (c == '\n') found += "\\n";
+    else if (c == '\r') found += "\\r";
+    else found.push_back(c);
+  }
+  return found;
 }
 
 using Clock = std::chrono::steady_clock;
@@ -177,8 +202,14 @@ std::vector<at::Tensor> generate(
 
 void run(const Arguments& arguments) {
   const c10::InferenceMode inference;
+  std::unique_ptr<Tokenizer> tokenizer;
+  if (!arguments.tokenizer.empty()) tokenizer = std::make_unique<Tokenizer>(arguments.tokenizer);
   Package package(arguments.package);
-  const at::Tensor prompt = read_prompt(arguments.prompt_ids, package);
+  const at::Tensor prompt = read_prompt(
+      arguments.prompt.empty()
+          ? arguments.prompt_ids
+          : spelled(tokenizer->encode(arguments.prompt), package.batch_size),
+      package);
   if (arguments.sampling.temperature > 0 && package.sampling == "greedy")
     throw Failure("--temperature: the package was exported with sampling='greedy' and takes 0");
   const int64_t needed = prompt.size(1) + arguments.max_new_tokens - 1;
@@ -201,9 +232,14 @@ void run(const Arguments& arguments) {
   for (size_t s = 0; s < tokens.size(); ++s)
     for (int64_t row = 0; row < package.batch_size; ++row) {
       std::cout << "session " << s << " row " << row << ":";
-      for (int64_t i = 0; i < tokens[s].size(1); ++i)
-        std::cout << ' ' << tokens[s][row][i].item<int64_t>();
+      std::vector<int64_t> ids;
+      for (int64_t i = 0; i < tokens[s].size(1); ++i) {
+        ids.push_back(tokens[s][row][i].item<int64_t>());
+        std::cout << ' ' << ids.back();
+      }
       std::cout << '\n';
+      if (tokenizer)
+        std::cout << "text " << s << ' ' << row << ": " << quoted(tokenizer->decode(ids)) << '\n';
     }
   const double prompts =
       static_cast<double>(prompt.numel() * arguments.sessions * arguments.iters);

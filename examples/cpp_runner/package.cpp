@@ -18,6 +18,16 @@ constexpr int64_t kFormat = 1;
 const std::string kMetadata = "extra/inductor_moe.json";
 const std::string kWeights = "data/generation/weights/";
 
+uint32_t crc32(const void* data, size_t size) {
+  const auto* bytes = static_cast<const uint8_t*>(data);
+  uint32_t found = ~0u;
+  for (size_t i = 0; i < size; ++i) {
+    found ^= bytes[i];
+    for (int bit = 0; bit < 8; ++bit) found = (found >> 1) ^ (0xedb88320u & (0u - (found & 1)));
+  }
+  return ~found;
+}
+
 at::ScalarType dtype_of(const std::string& name) {
   static const std::map<std::string, at::ScalarType> known = {
       {"float32", at::kFloat}, {"bfloat16", at::kBFloat16}, {"float16", at::kHalf},
@@ -75,6 +85,15 @@ Package::Package(const std::string& path) {
     throw Failure(path + ": " + kMetadata + " is damaged (" + first_line(error) + ")");
   }
   check_device(path, metadata["device"].text(), metadata["compute_capability"].text());
+
+  // PyTorch's loader would run damaged code.
+  if (metadata.has("checksums"))
+    for (const auto& [name, checksum] : metadata["checksums"].members()) {
+      if (!reader->hasRecord(name)) throw Failure(path + ": record " + name + " is missing");
+      auto [data, size] = reader->getRecord(name);
+      if (crc32(data.get(), size) != static_cast<uint32_t>(checksum.integer()))
+        throw Failure(path + ": record " + name + " is damaged");
+    }
 
   const auto file_size = static_cast<int64_t>(std::filesystem::file_size(path));
   const at::Tensor mapped = at::from_file(path, false, file_size, at::kByte);

@@ -6,14 +6,10 @@
 
 #include <map>
 #include <memory>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
-// An error whose text is for the user: one line.
-struct Failure : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
+#include "failure.h"
 
 struct State {
   at::ScalarType dtype;

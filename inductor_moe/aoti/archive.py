@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from inductor_moe.errors import PackageError
 FORMAT = 1
 METADATA = "extra/inductor_moe.json"
 WEIGHTS = "data/generation/weights/"
+COMPILED = "data/aotinductor/"  # where AOTInductor's loaders look
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Metadata:
     sampling      "top_p", or "greedy": the methods do not read temperature, top_p and uniforms
     ranks, rank   how many processes run the model together, each with its package, and whose
                   this is; group: the name by which the methods call that process group
+    checksums     record -> CRC-32, of what the methods were compiled to
     """
 
     format: int
@@ -77,6 +80,7 @@ class Metadata:
     ranks: int = 1
     rank: int = 0
     group: str = ""
+    checksums: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -148,7 +152,12 @@ def write(
         records: dict[str, Any] = {
             f"{WEIGHTS}{number}": storage for number, storage in enumerate(storages)
         }
-        records[METADATA] = metadata.to_json()
+        checksums = {
+            f"{COMPILED}{method}/{os.path.basename(file)}": zlib.crc32(Path(file).read_bytes())
+            for method, paths in files.items()
+            for file in paths
+        }
+        records[METADATA] = dataclasses.replace(metadata, checksums=checksums).to_json()
         compat.write_pt2(partial, files, records)
         partial.replace(path)
     finally:
@@ -190,6 +199,12 @@ class Archive:
             raise PackageError(f"{self.path}: {error}") from None
         except (ValueError, KeyError, TypeError) as error:
             raise PackageError(f"{self.path}: {METADATA} is damaged ({error})") from error
+
+    def check(self, metadata: Metadata) -> None:
+        """Raises PackageError if compiled code is damaged; PyTorch's loader would run it."""
+        for name, checksum in metadata.checksums.items():
+            if zlib.crc32(self.read(name)) != checksum:
+                raise PackageError(f"{self.path}: record {name} is damaged")
 
     def weights(self, metadata: Metadata, device: torch.device) -> list[Tensor]:
         """Every weight record as bytes on a device; on the CPU a view of the mapped file."""

@@ -43,6 +43,7 @@ def load_generation(
     metadata = archive.metadata()
     join(metadata, device_mesh, archive.path)
     chosen = _device(metadata, device, archive)
+    archive.check(metadata)
     weights = archive.weights(metadata, chosen)
     methods = {}
     for name, constants in metadata.methods.items():
@@ -52,7 +53,8 @@ def load_generation(
             tensors = {key: view(weights, constant) for key, constant in constants.items()}
             method.load_constants(tensors, False, True, True)
         except RuntimeError as error:
-            raise PackageError(f"{archive.path}: {name} cannot be loaded: {error}") from error
+            reason = str(error).strip().partition("\n")[0]
+            raise PackageError(f"{archive.path}: {name} cannot be loaded: {reason}") from error
         methods[name] = method
     return Generation(metadata, chosen, methods, weights)
 

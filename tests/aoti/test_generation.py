@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import shutil
 import struct
 import subprocess
+import zipfile
+import zlib
 
 import packages
 import pytest
 import torch
 import zoo
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import inductor_moe
+from inductor_moe import compat
 from inductor_moe.aoti import archive, audit
+from inductor_moe.aoti import runner as aoti_runner
 from inductor_moe.aoti.random import uniforms
 from inductor_moe.aoti.sampling import argmax_last, next_token
 from inductor_moe.errors import ExportError, GenerationError, PackageError
@@ -176,9 +183,16 @@ def damaged(path, folder, kind):
     if kind == "empty":
         copy.write_bytes(b"")
         return copy, "cut off"
+    if kind == "code":
+        start, size = record(content, b"wrapper.so")
+        middle = start + size // 2
+        copy.write_bytes(content[:middle] + bytes(64) + content[middle + 64 :])
+        return copy, "wrapper.so is damaged"
     replaced = {
         "newer": (b'"format": 1,', b'"format": 2,', "has format 2"),
         "elsewhere": (b'"device": "cpu"', b'"device": "mps"', "mps"),
+        "on a GPU": (b'"device": "cpu"', b'"device":"cuda"', "compiled for a CUDA GPU"),
+        "garbled": (b'"format": 1,', b'"format": ?,', "is damaged"),
     }
     old, new, message = replaced[kind]
     rewritten = content.replace(old, new)
@@ -187,27 +201,36 @@ def damaged(path, folder, kind):
     return copy, message
 
 
-def with_checksum(content, name):
-    """The zip with the CRC of one stored record made right, in both places that have it."""
-    import io
-    import zipfile
-    import zlib
-
+def record(content, name):
+    """(start, size) of a stored record whose name ends so."""
     with zipfile.ZipFile(io.BytesIO(content)) as file:
         info = next(i for i in file.infolist() if i.filename.encode().endswith(name))
-    at = info.header_offset
-    names, extra = struct.unpack_from("<HH", content, at + 26)
-    start = at + 30 + names + extra
-    checksum = struct.pack("<I", zlib.crc32(content[start : start + info.file_size]))
+    names, extra = struct.unpack_from("<HH", content, info.header_offset + 26)
+    return info.header_offset + 30 + names + extra, info.file_size
+
+
+def with_checksum(content, name):
+    """The zip with the CRC of one stored record made right, in both places that have it."""
+    start, size = record(content, name)
+    with zipfile.ZipFile(io.BytesIO(content)) as file:
+        info = next(i for i in file.infolist() if i.filename.encode().endswith(name))
+    checksum = struct.pack("<I", zlib.crc32(content[start : start + size]))
     return content.replace(struct.pack("<I", info.CRC), checksum)
 
 
-@pytest.mark.parametrize("kind", ["missing", "truncated", "empty", "newer", "elsewhere"])
+DAMAGES = ("missing", "truncated", "empty", "newer", "elsewhere", "on a GPU", "garbled",
+           "code")  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
 def test_a_package_that_cannot_be_used_is_refused(tmp_path, made, runner, kind):
+    if kind == "on a GPU" and torch.cuda.is_available():
+        pytest.skip("has a GPU")
     _, path = made("qwen3_5_moe_text")
     copy, message = damaged(path, tmp_path, kind)
-    with pytest.raises(PackageError, match=message):
+    with pytest.raises(PackageError, match=message) as raised:
         inductor_moe.load_generation(copy)
+    assert "\n" not in str(raised.value)
     command = [str(runner), "--package", str(copy), "--prompt-ids", "1,2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -221,7 +244,10 @@ def test_a_package_that_cannot_be_used_is_refused(tmp_path, made, runner, kind):
         (("--prompt-ids", "1,96"), "outside the vocabulary"),
         (("--prompt-ids", "1", "--max-new-tokens", "400"), "max_seq_len 288"),
         (("--prompt-ids", "1", "--cuda-graph"), "--cuda-graph"),
-        (("--prompt", "hello"), "no tokenizer"),
+        (("--prompt", "hello"), "needs --tokenizer"),
+        (("--prompt", "hello", "--tokenizer", "/nowhere"), "cannot read /nowhere"),
+        (("--prompt", "hello", "--prompt-ids", "1"), "one of --prompt-ids and --prompt"),
+        (("--prompt-ids", "1", "--iters", "0"), "--iters is '0'"),
         (("--prompt-ids", "1", "--top-p", "2"), "--top-p"),
         (("--nonsense", "1"), "unknown option"),
     ],
@@ -231,6 +257,39 @@ def test_bad_arguments_of_the_runner_are_named(made, runner, options, message):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("made_for, fits", [("9.0", True), ("9.1", False), ("8.0", False)])
+def test_a_gpu_of_another_kind_is_refused(made, monkeypatch, made_for, fits):
+    file = archive.Archive(made("qwen3_5_moe_text")[1])
+    metadata = dataclasses.replace(file.metadata(), device="cuda", compute_capability=made_for)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(compat, "compute_capability", lambda device: "9.0")
+    if fits:
+        assert aoti_runner._device(metadata, "cuda:1", file) == torch.device("cuda:1")
+        return
+    with pytest.raises(PackageError, match=f"capability {made_for}; cuda:0 has 9.0: export"):
+        aoti_runner._device(metadata, "cuda:0", file)
+
+
+def test_the_cpp_runner_reads_and_writes_text(tmp_path, made, runner):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=90, show_progress=False)
+    tokenizer.train_from_iterator(["the cat sat on the mat", "a quick brown fox"], trainer)
+    file = tmp_path / "tokenizer.json"
+    tokenizer.save(str(file))
+    text, (_, path) = "the fox sat", made("qwen3_5_moe_text")
+    ids = torch.tensor([tokenizer.encode(text).ids])
+    expected = inductor_moe.load_generation(path).generate(ids, 8, eos_token_ids=())[0].tolist()
+    command = [str(runner), "--package", str(path), "--tokenizer", str(file), "--prompt", text,
+               "--max-new-tokens", "8", "--ignore-eos"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    row, said = done.stdout.splitlines()[:2]
+    assert [int(token) for token in row.split(":")[1].split()] == expected
+    known = [tokenizer.id_to_token(token) or "" for token in expected]
+    assert said == f"text 0 0: {''.join(known).replace('Ġ', ' ')}"
 
 
 @pytest.mark.parametrize(

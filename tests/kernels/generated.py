@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 import triton
+from torch._dynamo.device_interface import CudaInterface
 from torch._dynamo.source import ConstantSource
 from torch._inductor import config, scheduler
 from torch._inductor.codegen import cpp_wrapper_gpu
@@ -69,6 +70,7 @@ def source(drawn, function, tensors, package=True):
     patches = (
         mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         mock.patch.object(torch.cuda, "get_device_properties", lambda *_: HOPPER),
+        mock.patch.object(CudaInterface.Worker, "get_device_properties", lambda *_: HOPPER),
         mock.patch.object(DeviceProperties, "create", lambda _: known),
         mock.patch.object(scheduler, "has_triton", lambda *_: True),
         # Launchers are written from compiled kernels, and the kernels timed, on the GPU.

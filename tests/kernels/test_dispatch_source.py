@@ -78,11 +78,12 @@ def test_a_package_of_any_length_chooses_when_it_runs(case, hint):
     drawn = Drawn(1, 288, hint)
     tensors, run = make(drawn)
     code = source(drawn, run, tensors)
-    before, rest = re.split(rf"\n *if \({drawn.tokens.node.expr} <= 8L\) {{\n", code)
-    when_few, when_many = rest.split("} else {\n")
+    before, *branches = re.split(r"// subgraph: (true|false)_graph\w*\n", code)
+    forms = dict(zip(branches[::2], branches[1::2], strict=True))
+    assert f"{drawn.tokens.node.expr} <= 8L" in before.rstrip().splitlines()[-1]
     assert not launched(before)
-    assert small in launched(when_few) and large not in launched(when_few)
-    assert large in launched(when_many) and small not in launched(when_many)
+    assert small in launched(forms["true"]) and large not in launched(forms["true"])
+    assert large in launched(forms["false"]) and small not in launched(forms["false"])
 
 
 @pytest.mark.parametrize("least, most, expected", [(2, 8, "small"), (9, 288, "large")])
