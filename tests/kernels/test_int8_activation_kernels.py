@@ -18,12 +18,13 @@ from kernels.test_quant_kernels import (
     cases,
     exact,
     packed,
+    with_extreme_codes,
 )
 from torch import nn
 
 from inductor_moe.ops import quant_cuda
 from inductor_moe.ops.quant_gemm_cuda import quantize_activations
-from inductor_moe.quant.fit import Packed, Scheme
+from inductor_moe.quant.fit import Scheme
 from inductor_moe.quant_tiles import QuantizedPlan
 from inductor_moe.reference.moe import (
     gated_activation,
@@ -99,9 +100,7 @@ def test_linear(scheme, inputs, codes, shape):
     x = INPUTS[inputs](torch.randn(19, width)).to(dtype)
     weight, bias = packed(shape, kind, dtype), torch.randn(outputs).to(dtype)
     if codes == "extreme":
-        ends = torch.randint(0, 2, (*weight.packed.shape, 4)) * 15
-        words = (ends << torch.arange(0, 16, 4)).sum(-1).to(torch.int16)
-        weight = Packed(words, weight.scales, weight.zeros)
+        weight = with_extreme_codes(weight)
     found = linear(x, weight, kind, bias)
     matrix = exact(weight, kind, width)
     reference = round_activations(x.double(), kind.group_size) @ matrix.T + bias.double()
