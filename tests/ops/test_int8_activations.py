@@ -13,6 +13,7 @@ import inductor_moe
 from inductor_moe.config import parse
 from inductor_moe.errors import UnknownOptionError
 from inductor_moe.ops import quant
+from inductor_moe.passes import FusionPass
 from inductor_moe.quant.fit import Packed, Scheme, quantize_weight
 from inductor_moe.reference.moe import gated_activation
 from inductor_moe.reference.quant import dequantize_reference, round_activations
@@ -131,6 +132,11 @@ def test_weights_that_cannot_have_them_are_refused():
 def test_not_together_with_verify():
     with pytest.raises(UnknownOptionError, match="set one of them"):
         parse({**OPTION, "inductor_moe.verify": True})
+
+
+def test_compiles_with_and_without_are_cached_apart():
+    keys = {FusionPass(parse(options)[0]).uuid() for options in (None, OPTION)}
+    assert len(keys) == 2 and None not in keys
 
 
 def packed_model(group: int) -> nn.Module:
