@@ -22,12 +22,15 @@ class Options:
     verify   run the first call of every rewritten graph with and without the rewrites; where
              they disagree the rewrites are undone with a warning, or under strict it raises
     limit    rewrite at most so many sites of a compile, in graph order within each rewrite
+    int8_activations  in calls of many tokens, multiply int4 weights with activations that are
+             rounded to int8 for each token and group (W4A8)
     """
 
     strict: bool = False
     disable: tuple[str, ...] = ()
     verify: bool = False
     limit: int | None = None
+    int8_activations: bool = False
 
     def enabled(self, rewrite: str) -> bool:
         """Whether the rewrite of this name may run."""
@@ -51,6 +54,11 @@ def parse(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
             listing = ", ".join(PREFIX + option for option in sorted(valid))
             raise UnknownOptionError(f"unknown option {key!r}; valid options: {listing}")
         ours[name] = _check(name, value)
+    if ours.get("verify") and ours.get("int8_activations"):
+        raise UnknownOptionError(
+            f"{PREFIX}verify allows for rounding to the dtype of the model, which "
+            f"{PREFIX}int8_activations exceeds; set one of them"
+        )
     return Options(**ours), inductor
 
 

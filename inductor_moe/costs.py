@@ -25,6 +25,7 @@ SORT = (
     "moe_sort_blocks_kernel, moe_sort_place_kernel)"
 )
 # The Triton kernels of each op by regime, most of them chosen by the tile table of the GPU.
+INT8 = "int8 activations: quantize_activations_kernel and"
 KERNELS = {
     "moe_experts": f"few tokens: {FEW}; more: {SORT}, moe_grouped_gemm_kernel twice, "
     "moe_combine_kernel",
@@ -41,15 +42,16 @@ KERNELS = {
     "delta_channel_scan_kernel)",
     "delta_decode": "delta_decode_kernel, delta_decode_tail_kernel",
     "attention_decode": "attention_decode_kernel, attention_combine_kernel",
-    "quantized_linear": "few tokens: quantized_up_decode_kernel; more: quantized_linear_kernel",
+    "quantized_linear": "few tokens: quantized_up_decode_kernel; more: quantized_linear_kernel "
+    f"({INT8} int8_linear_kernel)",
     "merged_linear": "merged_linear_kernel",
     "moe_experts_quantized": "few tokens: quantized_up_decode_kernel, "
-    f"quantized_down_decode_kernel; more: {SORT}, moe_quantized_gemm_kernel twice, "
-    "moe_combine_kernel",
+    f"quantized_down_decode_kernel; more: {SORT}, moe_quantized_gemm_kernel twice "
+    f"({INT8} moe_int8_gemm_kernel), moe_combine_kernel",
     "moe_up_quantized": f"few tokens: quantized_up_decode_kernel; more: {SORT}, "
-    "moe_quantized_gemm_kernel",
+    f"moe_quantized_gemm_kernel ({INT8} moe_int8_gemm_kernel)",
     "moe_down_combine_quantized": f"few tokens: quantized_down_decode_kernel; more: {SORT}, "
-    "moe_quantized_gemm_kernel, moe_combine_kernel",
+    f"moe_quantized_gemm_kernel ({INT8} moe_int8_gemm_kernel), moe_combine_kernel",
 }
 # Tensors of an op on pairs that are read whatever the choice; the others have a row an expert.
 WHOLE = {"x", "h", "ids", "weights", "input_weights", "logits", "shared"}

@@ -22,6 +22,7 @@ from inductor_moe.config import Options
 from inductor_moe.costs import Costs, costs_of, joined_calls
 from inductor_moe.errors import RewriteFailedWarning, StrictError
 from inductor_moe.patterns import ALL, Refusal, Rewrite
+from inductor_moe.patterns.int8_activations import mark_int8_activations
 from inductor_moe.report import Report, Site
 from inductor_moe.tiles import user_folder
 
@@ -89,6 +90,7 @@ def rewrite(graph: fx.Graph, options: Options) -> list[Site]:
     found: list[tuple[fx.Node, Site]] = []
     taken: set[fx.Node] = set()
     produced: dict[fx.Node, fx.Node] = {}
+    made: dict[fx.Node, fx.Node] = {}
     for form in ALL:
         if not options.enabled(form.name):
             continue
@@ -97,13 +99,15 @@ def rewrite(graph: fx.Graph, options: Options) -> list[Site]:
                 break
             if anchor not in taken:
                 found.append(
-                    (anchor, _rewrite_site(graph, form, anchor, taken, produced, options))
+                    (anchor, _rewrite_site(graph, form, anchor, taken, produced, made, options))
                 )
         # What a rewrite replaced must not count as a user of what the next one reads, nor stay
         # for being random, as attention is to PyTorch.
         graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=node not in taken))
     # One form's refusal says nothing where another form fused the same site, and what a form
     # makes of another's op is one site with it.
+    if options.int8_activations:
+        found = _with_int8_activations(graph, found, made, options)
     optional = {form.name for form in ALL if form.optional}
     history = {anchor: site for anchor, site in found if site.matched}
     refined = {produced[anchor] for anchor in history if anchor in produced}
@@ -112,6 +116,32 @@ def rewrite(graph: fx.Graph, options: Options) -> list[Site]:
         for anchor, site in found
         if (site.matched and anchor not in refined)
         or not (site.matched or anchor in taken or site.rewrite in optional)
+    ]
+
+
+def _with_int8_activations(
+    graph: fx.Graph,
+    found: list[tuple[fx.Node, Site]],
+    made: dict[fx.Node, fx.Node],
+    options: Options,
+) -> list[tuple[fx.Node, Site]]:
+    """The sites and what their ops multiply with, now that no form takes an op any more.
+
+    made  the anchor of the site that each new node is of
+    """
+    try:
+        said = mark_int8_activations(graph)
+    except Exception as error:
+        _failed("int8 activations", error, options)
+        return found
+    notes: dict[fx.Node | None, dict[str, None]] = {}
+    for node, text in said.items():
+        notes.setdefault(made.get(node), {})[text] = None
+    return [
+        (anchor, dataclasses.replace(site, detail="; ".join([site.detail, *notes[anchor]])))
+        if site.matched and anchor in notes
+        else (anchor, site)
+        for anchor, site in found
     ]
 
 
@@ -134,6 +164,7 @@ def _rewrite_site(
     anchor: fx.Node,
     taken: set[fx.Node],
     produced: dict[fx.Node, fx.Node],
+    made: dict[fx.Node, fx.Node],
     options: Options,
 ) -> Site:
     describe = functools.partial(
@@ -157,6 +188,7 @@ def _rewrite_site(
     if result is not anchor:
         produced[result] = anchor
     added = [*(node for node in graph.nodes if node not in before), result]
+    made.update(dict.fromkeys(added, anchor))
     orphans = [node for node in reversed(used) if not node.users]
     if form.origin is not None:
         origin = form.origin(site)

@@ -86,6 +86,18 @@ def choose_quantized_plan(layer: Layer, rows: int, gpu: Gpu | None) -> Quantized
     return linear_by_rule(layer, rows, gpu)
 
 
+def choose_int8_plan(layer: Layer, rows: int, gpu: Gpu | None) -> QuantizedPlan:
+    """The plan for `rows` tokens whose activations are int8: always GEMMs, by rule.
+
+    A step of them is a group, whatever the tile says. The sums of a group and of all groups live
+    in registers side by side, which hold no more than blocks of 64 rows.
+    """
+    gpu = gpu or generic_gpu((8, 0))
+    shared = rows * layer.top_k / layer.experts if isinstance(layer, QuantizedExperts) else rows
+    block_m, gemm = _gemm_tile(min(shared, 64), gpu)
+    return QuantizedPlan(block_m, gemm, gemm)
+
+
 @functools.cache
 def load_quantized_table(gpu_name: str) -> dict[Layer, dict[int, QuantizedPlan]]:
     """layer -> rows -> plan; empty if the GPU has no table. The user's layers go first."""

@@ -35,6 +35,7 @@ from inductor_moe.quant_tiles import (
     QuantizedExperts,
     QuantizedLinear,
     QuantizedPlan,
+    choose_int8_plan,
     choose_quantized_plan,
 )
 from inductor_moe.reference.moe import moe_experts_reference
@@ -46,6 +47,7 @@ TARGETS = {1: 14, 4: 34, 16: 95, 64: 220, 256: 300, 1024: 400, 4096: 1100}
 LINEARS = {"in_proj": (12352, 1.6), "lm_head": (248320, 1.25)}
 HIDDEN, INNER, EXPERTS, TOP_K, GROUP = 2048, 512, 256, 8, 128
 BANDWIDTH = 3.0e6  # bytes a microsecond
+ARITHMETIC, INT8_ARITHMETIC = 8e8, 1.6e9  # operations a microsecond
 
 
 def random_packed(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> Packed:
@@ -89,13 +91,15 @@ class Experts:
         weights = torch.rand(tokens, layer.top_k, device="cuda").to(x.dtype)
         return Experts(layer, up, down, x, ids, weights)
 
-    def run(self, plan: QuantizedPlan, turn: int = 0, wrap: Any = lambda k: k) -> torch.Tensor:
+    def run(
+        self, plan: QuantizedPlan, turn: int = 0, wrap: Any = lambda k: k, int8: bool = False
+    ) -> torch.Tensor:
         group = self.layer.group_size
         return moe_experts_quantized_cuda(
             self.x, self.up.packed, self.up.scales, self.up.zeros, group,
             self.down.packed, self.down.scales, self.down.zeros, group, self.layer.inner,
             self.ids[turn % len(self.ids)], self.weights,
-            activation="silu", gate="chunked", plan=plan, wrap=wrap,
+            activation="silu", gate="chunked", int8_activations=int8, plan=plan, wrap=wrap,
         )  # fmt: skip
 
     def reference(self) -> torch.Tensor:
@@ -128,12 +132,14 @@ def microseconds(run: Callable[[int], Any], turns: int, replays: int = 30) -> tu
     return scale * times[len(times) // 2], scale * spread
 
 
-def experts_floor(layer: QuantizedExperts, tokens: int) -> float:
-    """Microseconds for the weights touched at 3.0 TB/s, or the arithmetic at 800 TFLOP/s."""
+def experts_floor(layer: QuantizedExperts, tokens: int, arithmetic: float = ARITHMETIC) -> float:
+    """Microseconds for the weights touched at 3.0 TB/s, or the arithmetic, by default in bf16."""
     touched = layer.experts * (1 - (1 - layer.top_k / layer.experts) ** tokens)
     weights = 3 * layer.hidden * layer.inner
     size = layer.bits / 8 + 2 / (layer.group_size or 512)
-    return max(touched * weights * size / BANDWIDTH, 2 * tokens * layer.top_k * weights / 8e8)
+    return max(
+        touched * weights * size / BANDWIDTH, 2 * tokens * layer.top_k * weights / arithmetic
+    )
 
 
 def experts_layer(scheme: Scheme) -> QuantizedExperts:
@@ -152,6 +158,13 @@ def time_all(scheme: Scheme, path: Path | None, tokens_list: list[int]) -> None:
         taken, spread = microseconds(lambda turn, i=inputs, p=plan: i.run(p, turn), turns)
         rows.append(_row("experts", tokens, taken, spread, experts_floor(layer, tokens),
                          TARGETS.get(tokens)))  # fmt: skip
+        if tokens >= 256 and scheme.bits == 4:
+            plan = choose_int8_plan(layer, tokens, gpu)
+            taken, spread = microseconds(
+                lambda turn, i=inputs, p=plan: i.run(p, turn, int8=True), turns
+            )
+            floor = experts_floor(layer, tokens, INT8_ARITHMETIC)
+            rows.append(_row("experts, int8 activations", tokens, taken, spread, floor, None))
     for name, (outputs, factor) in LINEARS.items():
         linear = QuantizedLinear(outputs, HIDDEN, scheme.bits, scheme.group_size)
         size = outputs * HIDDEN * (scheme.bits / 8 + 2 / (scheme.group_size or HIDDEN))
@@ -161,16 +174,26 @@ def time_all(scheme: Scheme, path: Path | None, tokens_list: list[int]) -> None:
             x = torch.randn(tokens, HIDDEN, device="cuda").bfloat16()
             plan = choose_quantized_plan(linear, tokens, gpu)
 
-            def run(turn: int, x: Any = x, weights: Any = weights, plan: Any = plan) -> Any:
+            def run(
+                turn: int, x: Any = x, weights: Any = weights, plan: Any = plan, int8: bool = False
+            ) -> Any:
                 w = weights[turn % len(weights)]
                 return quantized_linear_cuda(
-                    x, w.packed, w.scales, w.zeros, None, scheme.group_size, plan=plan
+                    x, w.packed, w.scales, w.zeros, None, scheme.group_size, int8, plan=plan
                 )
 
             taken, spread = microseconds(run, copies)
-            floor = max(size / BANDWIDTH, 2 * tokens * outputs * HIDDEN / 8e8)
+            floor = max(size / BANDWIDTH, 2 * tokens * outputs * HIDDEN / ARITHMETIC)
             target = factor * floor if tokens == 1 else None
             rows.append(_row(name, tokens, taken, spread, floor, target))
+            if tokens < 256 or scheme.bits != 4:
+                continue
+            plan = choose_int8_plan(linear, tokens, gpu)
+            taken, spread = microseconds(lambda turn, r=run, p=plan: r(turn, plan=p, int8=True),
+                                         copies)  # fmt: skip
+            floor = max(size / BANDWIDTH, 2 * tokens * outputs * HIDDEN / INT8_ARITHMETIC)
+            what = f"{name}, int8 activations"
+            rows.append(_row(what, tokens, taken, spread, floor, None))
         del weights
     result = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,

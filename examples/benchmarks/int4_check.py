@@ -7,7 +7,18 @@ from int4 import Experts, exact, random_packed
 
 from inductor_moe.ops.quant_cuda import quantized_linear_cuda
 from inductor_moe.quant.fit import Scheme
-from inductor_moe.quant_tiles import QuantizedExperts, QuantizedLinear, choose_quantized_plan
+from inductor_moe.quant_tiles import (
+    QuantizedExperts,
+    QuantizedLinear,
+    choose_int8_plan,
+    choose_quantized_plan,
+)
+from inductor_moe.reference.moe import (
+    gated_activation,
+    moe_down_combine_reference,
+    moe_up_reference,
+)
+from inductor_moe.reference.quant import round_activations
 from inductor_moe.testing import relative_error
 from inductor_moe.tiles import gpu_of
 
@@ -61,7 +72,71 @@ def check() -> int:
                 what = f"linear {scheme.describe()} {dtype} M={tokens} {outputs}x{width} {kind}"
                 judge(what, relative_error(found, reference), LIMIT)
     print(f"check: {count - bad} of {count} agree with fp64 (seed {seed})", flush=True)
-    return bad + check_model()
+    return bad + check_int8_activations() + check_model()
+
+
+def check_int8_activations() -> int:
+    """W4A8 against fp64 that rounds activations alike; and what that rounding costs."""
+    bad, gpu = 0, gpu_of(0)
+    print("int8 activations: error against fp64 that rounds alike; against fp64 (weight-only's)")
+    for scheme, dtype in (
+        (Scheme(4, 128, True, "rtn"), torch.bfloat16),
+        (Scheme(4, 64, False, "rtn"), torch.float16),
+        (Scheme(4, 32, True, "rtn"), torch.bfloat16),
+    ):
+        group = scheme.group_size
+
+        def judge(what: str, rounded: float, w4a8: float, w4a16: float, s: Scheme = scheme) -> int:
+            passed = rounded <= (1.7 * LIMIT if what.startswith("experts") else LIMIT)
+            verdict = "" if passed else "  WRONG"
+            text = f"{s.describe():37} {what:28} {rounded:.1e}  {w4a8:.1e} ({w4a16:.1e}){verdict}"
+            print(text, flush=True)
+            return int(not passed)
+
+        for outputs, width, tokens in ((1024, 2048, 300), (200, 328, 70)):
+            weight = random_packed((outputs, width), scheme, dtype)
+            layer = QuantizedLinear(outputs, width, 4, group)
+            matrix = exact(weight, group, width)
+            for kind in ("random", "large mean", "huge channel"):
+                x = torch.randn(tokens, width, device="cuda").to(dtype)
+                x = x + 50 if kind == "large mean" else x
+                if kind == "huge channel":
+                    x[:, width // 3] *= 1000
+                found = [
+                    quantized_linear_cuda(
+                        x, weight.packed, weight.scales, weight.zeros, None, group, int8,
+                        plan=choose(layer, tokens, gpu),
+                    )
+                    for int8, choose in ((True, choose_int8_plan), (False, choose_quantized_plan))
+                ]  # fmt: skip
+                wide = x.double() @ matrix.T
+                alike = round_activations(x.double(), group) @ matrix.T
+                bad += judge(
+                    f"linear {outputs}x{width} {kind}", relative_error(found[0], alike),
+                    relative_error(found[0], wide), relative_error(found[1], wide),
+                )  # fmt: skip
+        layer = QuantizedExperts(4, 12, 320, 192, True, 4, group)
+        up, down = (random_packed(s, scheme, dtype) for s in ((12, 384, 320), (12, 320, 192)))
+        for tokens in (70, 700):
+            inputs = Experts.draw(layer, up, down, tokens, 1)
+            found = [
+                inputs.run(choose_int8_plan(layer, tokens, gpu), int8=True),
+                inputs.run(choose_quantized_plan(layer, tokens, gpu)),
+            ]
+            x = round_activations(inputs.x.double(), group)
+            h = moe_up_reference(x, exact(up, group, 320), inputs.ids[0])
+            h = gated_activation(h, "silu", "chunked").to(dtype).double()
+            alike = moe_down_combine_reference(
+                round_activations(h, group), exact(down, group, 192), inputs.ids[0],
+                inputs.weights.double(),
+            )  # fmt: skip
+            wide = inputs.reference()
+            bad += judge(
+                f"experts T={tokens}", relative_error(found[0], alike),
+                relative_error(found[0], wide), relative_error(found[1], wide),
+            )  # fmt: skip
+    print(f"check: int8 activations, {bad} bad", flush=True)
+    return bad
 
 
 def check_model() -> int:
@@ -77,13 +152,20 @@ def check_model() -> int:
             return self.second(torch.relu(self.first(x)))
 
     bad = 0
-    for method, dtype in (("hqq", "int4"), ("rtn", "int8")):
+    int8_activations = {"inductor_moe.int8_activations": True}
+    for method, dtype, options in (
+        ("hqq", "int4", {}),
+        ("rtn", "int8", {}),
+        ("rtn", "int4", int8_activations),
+    ):
         torch._dynamo.reset()
         model = Layer().cuda().bfloat16()
         quantize_(model, dtype, method=method, verbose=False)
-        compiled = torch.compile(model, backend="inductor_moe", fullgraph=True)
+        compiled = torch.compile(
+            model, backend="inductor_moe", fullgraph=True, dynamic=False, options=options
+        )
         with torch.no_grad():
-            for tokens in (1, 40):
+            for tokens in (1, 40, 200):
                 x = torch.randn(tokens, 512, device="cuda").bfloat16()
                 middle = torch.relu(
                     x.double() @ model.first.weight.double().T + model.first.bias.double()
@@ -91,9 +173,16 @@ def check_model() -> int:
                 reference = middle @ model.second.weight.double().T + model.second.bias.double()
                 error = relative_error(compiled(x), reference)
                 matched = reports()[-1].counts()
+                int8 = sum("; int8 activations" in s.detail for s in reports()[-1].matched)
                 # Here the reference's weights are rounded to bf16, the kernels' are not.
-                if not error <= 2 * LIMIT or matched != {"quantized_linear": 2}:
+                limit, expected = 2 * LIMIT, 0
+                if options and tokens >= 64:
+                    limit, expected = 0.02, 2  # two roundings to a 254th of the largest of a group
+                if not error <= limit or matched != {"quantized_linear": 2} or int8 != expected:
                     bad += 1
-                    print(f"compiled {dtype} {method} M={tokens}: {error:.2e} {matched}")
+                    print(
+                        f"compiled {dtype} {method} {options} M={tokens}: {error:.2e} {matched} "
+                        f"{int8} with int8 activations"
+                    )
     print(f"check: compiled layers, {bad} bad", flush=True)
     return bad

@@ -65,6 +65,56 @@ def quantized_gemm_tile(
     return acc
 
 
+@triton.jit
+def tile_of(m_blocks, group_m, n_blocks):
+    """(block of rows, block of columns) of this program: `group_m` of rows take turns on one of
+    columns, for L2."""
+    pid = tl.program_id(0)
+    per_group = group_m * n_blocks
+    first_block = (pid // per_group) * group_m
+    band_size = tl.minimum(m_blocks - first_block, group_m)
+    return first_block + (pid % per_group) % band_size, (pid % per_group) // band_size
+
+
+@triton.jit
+def store_pairs(
+    acc,  # [BLOCK_N, BLOCK_M] fp32
+    bias,  # [N] of one expert, if HAS_BIAS
+    routing,  # [BLOCK_M] weights of the rows, if HAS_WEIGHTS
+    out_row,  # [BLOCK_M]
+    out,  # [S, N or N / 2] contiguous, written
+    n,  # [BLOCK_N] rows of w
+    exists,  # [BLOCK_N]
+    n_block,
+    rows,  # that exist in the block
+    inner,  # columns of out
+    stride_bn,
+    GATE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
+    LIMIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Bias, activation and routing weights, and the rows where they belong."""
+    OUT: tl.constexpr = BLOCK_N if GATE == "none" else BLOCK_N // 2
+    if HAS_BIAS:
+        value = tl.load(bias + n * stride_bn, mask=exists, other=0.0)
+        acc += value.to(tl.float32)[:, None]
+    value = gated_activation_tile(
+        tl.trans(acc), BLOCK_M, BLOCK_N, GATE, "k", ACTIVATION, ALPHA, UP_OFFSET, LIMIT
+    )
+    if HAS_WEIGHTS:
+        value *= routing.to(tl.float32)[:, None]
+    i = n_block * OUT + tl.arange(0, OUT)
+    out_ptrs = out + out_row.to(tl.int64)[:, None] * inner + i[None, :]
+    keep = (tl.arange(0, BLOCK_M) < rows)[:, None] & (i < inner)[None, :]
+    tl.store(out_ptrs, value.to(out.dtype.element_ty), mask=keep)
+
+
 @triton.jit(do_not_specialize=["capacity", "group_m"])
 def moe_quantized_gemm_kernel(
     a,  # [T, K_DIM] gathered by pair // a_repeat, or [S, K_DIM] in sorted order if A_SORTED
@@ -108,26 +158,18 @@ def moe_quantized_gemm_kernel(
     BLOCK_K: tl.constexpr,
 ):
     OUT: tl.constexpr = BLOCK_N if GATE == "none" else BLOCK_N // 2
-    n_blocks = tl.cdiv(inner, OUT)
-    pid = tl.program_id(0)
-    per_group = group_m * n_blocks
-    band = pid // per_group
-    first_block = band * group_m
-    band_size = tl.minimum(capacity - first_block, group_m)
-    block = first_block + (pid % per_group) % band_size
-    n_block = (pid % per_group) // band_size
-
+    block, n_block = tile_of(capacity, group_m, tl.cdiv(inner, OUT))
     expert = tl.load(blocks + block)
     first_row = tl.load(blocks + capacity + block)
     rows = tl.load(blocks + 2 * capacity + block)
     if expert >= 0:
-        m = tl.arange(0, BLOCK_M)
         # Rows past the block's end repeat its last row: no mask in the loop, and not stored.
-        row = first_row + tl.minimum(m, rows - 1)
+        row = first_row + tl.minimum(tl.arange(0, BLOCK_M), rows - 1)
         pair = tl.load(order + row)
         a_row = row if A_SORTED else pair // a_repeat
         n, exists = up_rows(n_block, inner, GATE, "k", BLOCK_N)
         e = expert.to(tl.int64)
+        routing = pair
         if HAS_WEIGHTS:
             # Ahead of the loop, which hides its latency.
             routing_ptrs = weights + (pair // TOP_K).to(tl.int64) * stride_st
@@ -138,19 +180,11 @@ def moe_quantized_gemm_kernel(
             k_dim, row_words, groups, stride_a,
             BITS, GROUP, HAS_ZEROS, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        if HAS_BIAS:
-            value = tl.load(bias + e * stride_be + n * stride_bn, mask=exists, other=0.0)
-            acc += value.to(tl.float32)[:, None]
-        value = gated_activation_tile(
-            tl.trans(acc), BLOCK_M, BLOCK_N, GATE, "k", ACTIVATION, ALPHA, UP_OFFSET, LIMIT
-        )
-        if HAS_WEIGHTS:
-            value *= routing.to(tl.float32)[:, None]
-        out_row = row if OUT_SORTED else pair
-        i = n_block * OUT + tl.arange(0, OUT)
-        out_ptrs = out + out_row.to(tl.int64)[:, None] * inner + i[None, :]
-        keep = (m < rows)[:, None] & (i < inner)[None, :]
-        tl.store(out_ptrs, value.to(out.dtype.element_ty), mask=keep)
+        store_pairs(
+            acc, bias + e * stride_be, routing, row if OUT_SORTED else pair, out,
+            n, exists, n_block, rows, inner, stride_bn,
+            GATE, ACTIVATION, ALPHA, UP_OFFSET, LIMIT, HAS_BIAS, HAS_WEIGHTS, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -178,14 +212,9 @@ def quantized_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    m_blocks = tl.cdiv(tokens, BLOCK_M)
-    n_blocks = tl.cdiv(n_dim, BLOCK_N)
-    pid = tl.program_id(0)
-    per_group = GROUP_M * n_blocks
-    first_block = (pid // per_group) * GROUP_M
-    band_size = tl.minimum(m_blocks - first_block, GROUP_M)
-    m = (first_block + (pid % per_group) % band_size) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = ((pid % per_group) // band_size) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block, n_block = tile_of(tl.cdiv(tokens, BLOCK_M), GROUP_M, tl.cdiv(n_dim, BLOCK_N))
+    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = n < n_dim
     acc = quantized_gemm_tile(
         x, w, scales, zeros, tl.minimum(m, tokens - 1).to(tl.int64), n, exists,

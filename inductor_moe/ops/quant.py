@@ -10,21 +10,29 @@ import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from inductor_moe.ops.moe_checks import check_down, check_experts, check_up
-from inductor_moe.ops.moe_cpu import moe_down_combine_cpu, moe_experts_cpu, moe_up_cpu
 from inductor_moe.ops.quant_checks import check_linear, check_packed
+from inductor_moe.ops.quant_plain import (
+    as_multiplied,
+    experts_on_int8,
+    moe_down_combine_quantized_plain,
+    moe_experts_quantized_plain,
+    moe_up_quantized_plain,
+    quantized_linear_plain,
+    up_on_int8,
+)
 from inductor_moe.reference.moe import (
     moe_down_combine_reference,
     moe_experts_reference,
     moe_up_reference,
 )
-from inductor_moe.reference.quant import BITS, dequantize_reference
+from inductor_moe.reference.quant import BITS, INT8_GROUPS, dequantize_reference
 
 __all__ = [
     "BITS",
+    "INT8_GROUPS",
     "dequantize",
     "moe_down_combine_quantized",
     "moe_down_combine_quantized_plain",
@@ -70,20 +78,25 @@ def quantized_linear(
     zeros: Tensor | None,
     bias: Tensor | None,
     group_size: int,
+    int8_activations: bool = False,
 ) -> Tensor:
     """x @ W.T + bias, W = dequantize(packed, scales, zeros, group_size, x.shape[1]).
 
     x        [M, K]  bf16, fp16 or fp32, the dtype of scales
     packed, scales, zeros, group_size  as in `dequantize`, without leading dims
     bias     [N]     any float
+    int8_activations  round x to int8 for each row and group, as `round_activations` has it;
+             4-bit weights in groups of 32, 64 or 128 only
     returns  [M, N]  x.dtype; sums in fp32
     """
-    check_linear(x, packed, scales, zeros, bias, group_size)
+    check_linear(x, packed, scales, zeros, bias, group_size, int8_activations)
     cuda = triton_launches(x)
     if cuda is not None:
-        out: Tensor = cuda.quantized_linear_cuda(x, packed, scales, zeros, bias, group_size)
+        out: Tensor = cuda.quantized_linear_cuda(
+            x, packed, scales, zeros, bias, group_size, int8_activations
+        )
         return out
-    return quantized_linear_plain(x, packed, scales, zeros, bias, group_size)
+    return quantized_linear_plain(x, packed, scales, zeros, bias, group_size, int8_activations)
 
 
 @quantized_linear.register_fake
@@ -94,22 +107,10 @@ def _(
     zeros: Tensor | None,
     bias: Tensor | None,
     group_size: int,
+    int8_activations: bool = False,
 ) -> Tensor:
-    check_linear(x, packed, scales, zeros, bias, group_size)
+    check_linear(x, packed, scales, zeros, bias, group_size, int8_activations)
     return x.new_empty(x.shape[0], packed.shape[0])
-
-
-def quantized_linear_plain(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-) -> Tensor:
-    """`quantized_linear` in aten, for Inductor's C++ backend and devices without our kernels."""
-    weight = dequantize_reference(packed, scales, zeros, group_size, x.shape[1])
-    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 @torch.library.custom_op("inductor_moe::moe_experts_quantized", mutates_args=())
@@ -135,6 +136,7 @@ def moe_experts_quantized(
     limit: float | None = None,
     weights_on_input: bool = False,
     out_dtype: torch.dtype | None = None,
+    int8_activations: bool = False,
 ) -> Tensor:
     """`moe_experts` on packed weights: w_up [E, N, H] and w_down [E, H, inner].
 
@@ -142,10 +144,12 @@ def moe_experts_quantized(
     up_*, down_* the arguments of `dequantize`
     inner        I, the inputs of w_down
     the others   as in `moe_experts`
+    int8_activations  as in `quantized_linear`, of the inputs of both GEMMs
     returns      [T, H]  out_dtype or x.dtype; h is rounded to x.dtype between the GEMMs
     """
     _check_both(x, up_packed, up_scales, up_zeros, up_group_size,
-                down_packed, down_scales, down_zeros, down_group_size, inner)  # fmt: skip
+                down_packed, down_scales, down_zeros, down_group_size, inner,
+                int8_activations)  # fmt: skip
     rest = (ids, weights, bias_up, bias_down, activation, gate, alpha, up_offset, limit,
             weights_on_input, out_dtype)  # fmt: skip
     cuda = triton_launches(x)
@@ -153,12 +157,15 @@ def moe_experts_quantized(
         _check_experts(x, up_packed, down_packed, inner, *rest[:9])
         out: Tensor = cuda.moe_experts_quantized_cuda(
             x, up_packed, up_scales, up_zeros, up_group_size,
-            down_packed, down_scales, down_zeros, down_group_size, inner, *rest,
+            down_packed, down_scales, down_zeros, down_group_size, inner, *rest, int8_activations,
         )  # fmt: skip
         return out
     w_up = dequantize_reference(up_packed, up_scales, up_zeros, up_group_size, x.shape[1])
     w_down = dequantize_reference(down_packed, down_scales, down_zeros, down_group_size, inner)
     check_experts(x, w_up, w_down, *rest[:9])
+    if int8_activations:
+        halves = moe_up_reference, moe_down_combine_reference
+        return experts_on_int8(halves, up_group_size, down_group_size, x, w_up, w_down, *rest)
     return moe_experts_reference(x, w_up, w_down, *rest)
 
 
@@ -185,32 +192,14 @@ def _(
     limit: float | None = None,
     weights_on_input: bool = False,
     out_dtype: torch.dtype | None = None,
+    int8_activations: bool = False,
 ) -> Tensor:
     _check_both(x, up_packed, up_scales, up_zeros, up_group_size,
-                down_packed, down_scales, down_zeros, down_group_size, inner)  # fmt: skip
+                down_packed, down_scales, down_zeros, down_group_size, inner,
+                int8_activations)  # fmt: skip
     _check_experts(x, up_packed, down_packed, inner, ids, weights, bias_up, bias_down,
                    activation, gate, alpha, up_offset, limit)  # fmt: skip
     return torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device)
-
-
-def moe_experts_quantized_plain(
-    x: Tensor,
-    up_packed: Tensor,
-    up_scales: Tensor,
-    up_zeros: Tensor | None,
-    up_group_size: int,
-    down_packed: Tensor,
-    down_scales: Tensor,
-    down_zeros: Tensor | None,
-    down_group_size: int,
-    inner: int,
-    ids: Tensor,
-    *rest: object,
-) -> Tensor:
-    """`moe_experts_quantized` in aten, traceable like `moe_experts_cpu`."""
-    w_up = dequantize_reference(up_packed, up_scales, up_zeros, up_group_size, x.shape[1])
-    w_down = dequantize_reference(down_packed, down_scales, down_zeros, down_group_size, inner)
-    return moe_experts_cpu(x, w_up, w_down, ids, *rest)  # type: ignore[arg-type]
 
 
 @torch.library.custom_op("inductor_moe::moe_up_quantized", mutates_args=())
@@ -223,18 +212,22 @@ def moe_up_quantized(
     ids: Tensor,
     bias_up: Tensor | None,
     input_weights: Tensor | None,
+    int8_activations: bool = False,
 ) -> Tensor:
     """`moe_up` on a packed weight [E, N, H]; the arguments are those of `dequantize`."""
-    check_packed("moe_up_quantized", "", packed, scales, zeros, group_size, x.shape[1])
+    op = "moe_up_quantized"
+    check_packed(op, "", packed, scales, zeros, group_size, x.shape[1], int8_activations)
     cuda = triton_launches(x)
     if cuda is not None:
         check_up(x, _stand_in(packed, x.shape[1], x), ids, bias_up, input_weights)
         out: Tensor = cuda.moe_up_quantized_cuda(
-            x, packed, scales, zeros, group_size, ids, bias_up, input_weights
+            x, packed, scales, zeros, group_size, ids, bias_up, input_weights, int8_activations
         )
         return out
     weight = dequantize_reference(packed, scales, zeros, group_size, x.shape[1])
     check_up(x, weight, ids, bias_up, input_weights)
+    if int8_activations:
+        return up_on_int8(moe_up_reference, group_size, x, weight, ids, bias_up, input_weights)
     return moe_up_reference(x, weight, ids, bias_up, input_weights)
 
 
@@ -248,25 +241,12 @@ def _(
     ids: Tensor,
     bias_up: Tensor | None,
     input_weights: Tensor | None,
+    int8_activations: bool = False,
 ) -> Tensor:
-    check_packed("moe_up_quantized", "", packed, scales, zeros, group_size, x.shape[1])
+    op = "moe_up_quantized"
+    check_packed(op, "", packed, scales, zeros, group_size, x.shape[1], int8_activations)
     check_up(x, _stand_in(packed, x.shape[1], x), ids, bias_up, input_weights)
     return x.new_empty(ids.shape[0] * ids.shape[1], packed.shape[1])
-
-
-def moe_up_quantized_plain(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    group_size: int,
-    ids: Tensor,
-    bias_up: Tensor | None,
-    input_weights: Tensor | None,
-) -> Tensor:
-    """`moe_up_quantized` in aten."""
-    weight = dequantize_reference(packed, scales, zeros, group_size, x.shape[1])
-    return moe_up_cpu(x, weight, ids, bias_up, input_weights)
 
 
 @torch.library.custom_op("inductor_moe::moe_down_combine_quantized", mutates_args=())
@@ -280,19 +260,23 @@ def moe_down_combine_quantized(
     weights: Tensor | None,
     bias_down: Tensor | None,
     out_dtype: torch.dtype | None = None,
+    int8_activations: bool = False,
 ) -> Tensor:
     """`moe_down_combine` on a packed weight [E, H, I]; the arguments are those of `dequantize`."""
-    check_packed("moe_down_combine_quantized", "", packed, scales, zeros, group_size, h.shape[1])
+    op = "moe_down_combine_quantized"
+    check_packed(op, "", packed, scales, zeros, group_size, h.shape[1], int8_activations)
     cuda = triton_launches(h)
     if cuda is not None:
         check_down(h, _stand_in(packed, h.shape[1], h), ids, weights, bias_down)
         out: Tensor = cuda.moe_down_combine_quantized_cuda(
-            h, packed, scales, zeros, group_size, ids, weights, bias_down, out_dtype
-        )
+            h, packed, scales, zeros, group_size, ids, weights, bias_down, out_dtype,
+            int8_activations,
+        )  # fmt: skip
         return out
     weight = dequantize_reference(packed, scales, zeros, group_size, h.shape[1])
     check_down(h, weight, ids, weights, bias_down)
-    return moe_down_combine_reference(h, weight, ids, weights, bias_down, out_dtype)
+    rows = as_multiplied(h, group_size, int8_activations)
+    return moe_down_combine_reference(rows, weight, ids, weights, bias_down, out_dtype)
 
 
 @moe_down_combine_quantized.register_fake
@@ -306,24 +290,13 @@ def _(
     weights: Tensor | None,
     bias_down: Tensor | None,
     out_dtype: torch.dtype | None = None,
+    int8_activations: bool = False,
 ) -> Tensor:
-    check_packed("moe_down_combine_quantized", "", packed, scales, zeros, group_size, h.shape[1])
+    op = "moe_down_combine_quantized"
+    check_packed(op, "", packed, scales, zeros, group_size, h.shape[1], int8_activations)
     check_down(h, _stand_in(packed, h.shape[1], h), ids, weights, bias_down)
     shape = (ids.shape[0], packed.shape[1])
     return torch.empty(shape, dtype=out_dtype or h.dtype, device=h.device)
-
-
-def moe_down_combine_quantized_plain(
-    h: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    group_size: int,
-    *rest: object,
-) -> Tensor:
-    """`moe_down_combine_quantized` in aten."""
-    weight = dequantize_reference(packed, scales, zeros, group_size, h.shape[1])
-    return moe_down_combine_cpu(h, weight, *rest)  # type: ignore[arg-type]
 
 
 def _stand_in(packed: Tensor, in_features: int, like: Tensor) -> Tensor:
@@ -342,10 +315,13 @@ def _check_both(
     down_zeros: Tensor | None,
     down_group_size: int,
     inner: int,
+    int8_activations: bool,
 ) -> None:
     op = "moe_experts_quantized"
-    check_packed(op, "up_", up_packed, up_scales, up_zeros, up_group_size, x.shape[-1])
-    check_packed(op, "down_", down_packed, down_scales, down_zeros, down_group_size, inner)
+    check_packed(op, "up_", up_packed, up_scales, up_zeros, up_group_size, x.shape[-1],
+                 int8_activations)  # fmt: skip
+    check_packed(op, "down_", down_packed, down_scales, down_zeros, down_group_size, inner,
+                 int8_activations)  # fmt: skip
 
 
 def _check_experts(

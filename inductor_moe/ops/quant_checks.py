@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inductor_moe.reference.quant import BITS, group_count, packed_width
+from inductor_moe.reference.quant import BITS, INT8_GROUPS, group_count, packed_width
 
 
 def check_packed(
@@ -16,8 +16,12 @@ def check_packed(
     zeros: Tensor | None,
     group_size: int,
     in_features: int,
+    int8_activations: bool = False,
 ) -> None:
-    """Raise if the buffers are no packed weight [..., N, in_features]."""
+    """Raise if the buffers are no packed weight [..., N, in_features].
+
+    int8_activations  whether it is multiplied with int8 activations, as not every one can be
+    """
     if packed.dtype not in BITS:
         raise TypeError(
             f"{op}: {prefix}packed has dtype {_dtype(packed)}; it must be int16 (4-bit codes) or "
@@ -26,6 +30,11 @@ def check_packed(
     if group_size != 0 and group_size not in (16, 32) and (group_size < 0 or group_size % 64):
         raise ValueError(
             f"{op}: {prefix}group_size must be 0, 16, 32 or a multiple of 64 (got {group_size})."
+        )
+    if int8_activations and (BITS[packed.dtype] != 4 or group_size not in INT8_GROUPS):
+        raise ValueError(
+            f"{op}: int8_activations needs {prefix}packed of 4-bit codes in groups of 32, 64 or "
+            f"128 (got {BITS[packed.dtype]} bits, {prefix}group_size {group_size})."
         )
     if packed.dim() < 2:
         raise ValueError(f"{op}: {prefix}packed must be [..., N, words] (got {_shape(packed)}).")
@@ -66,6 +75,7 @@ def check_linear(
     zeros: Tensor | None,
     bias: Tensor | None,
     group_size: int,
+    int8_activations: bool = False,
 ) -> None:
     """Raise if `quantized_linear` cannot take these arguments."""
     op = "quantized_linear"
@@ -79,7 +89,7 @@ def check_linear(
         raise ValueError(f"{op}: packed must be [N, words] (got {_shape(packed)}).")
     if packed.device != x.device:
         raise ValueError(f"{op}: packed is on {packed.device}; it must be on {x.device}.")
-    check_packed(op, "", packed, scales, zeros, group_size, x.shape[1])
+    check_packed(op, "", packed, scales, zeros, group_size, x.shape[1], int8_activations)
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != packed.shape[0]):
         raise ValueError(f"{op}: bias has shape {_shape(bias)}; it must be [{packed.shape[0]}].")
 

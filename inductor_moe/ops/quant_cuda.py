@@ -16,7 +16,6 @@ from inductor_moe.kernels.quant_decode import (
     quantized_down_decode_kernel,
     quantized_up_decode_kernel,
 )
-from inductor_moe.kernels.quant_gemm import moe_quantized_gemm_kernel, quantized_linear_kernel
 from inductor_moe.ops.moe_cuda import (
     IDENTITY,
     Activation,
@@ -33,11 +32,13 @@ from inductor_moe.ops.moe_cuda import (
     _sort,
     _tokens,
 )
+from inductor_moe.ops.quant_gemm_cuda import grouped_gemm, linear_gemm
 from inductor_moe.quant_tiles import (
     PartsTile,
     QuantizedExperts,
     QuantizedLinear,
     QuantizedPlan,
+    choose_int8_plan,
     choose_quantized_plan,
     step_of,
 )
@@ -111,6 +112,7 @@ def quantized_linear_cuda(
     zeros: Tensor | None,
     bias: Tensor | None,
     group_size: int,
+    int8_activations: bool = False,
     *,
     tokens_hint: int | None = None,
     plan: QuantizedPlan | None = None,
@@ -124,25 +126,14 @@ def quantized_linear_cuda(
         return out
     layer = QuantizedLinear(weight.rows, weight.in_features, weight.bits, group_size)
     hint = _tokens(x, tokens_hint)
-    plan = plan or choose_quantized_plan(layer, hint, gpu_of(x.device.index))
+    choose = choose_int8_plan if int8_activations else choose_quantized_plan
+    plan = plan or choose(layer, hint, gpu_of(x.device.index))
     x = _inner_contiguous(x)
     bias_rows = None if bias is None else bias[None]
     if not plan.block_m:
         _up_decode(x, 1, weight, bias_rows, None, out, IDENTITY, plan.up, wrap)
         return out
-    tile = plan.up
-    assert isinstance(tile, GemmTile)
-    step = weight.step(tile)
-    grid = (_cdiv(tokens, plan.block_m) * _cdiv(weight.rows, tile.block_n),)
-    bias_arg, _, stride_b = _bias_args(bias_rows, packed)
-    wrap(quantized_linear_kernel)[grid](
-        x, *weight.tensors(), bias_arg, out,
-        tokens, weight.rows, weight.in_features, *weight.sizes(), x.stride(0), stride_b,
-        HAS_BIAS=bias is not None, **weight.constants(),
-        EVEN=weight.rows % tile.block_n == 0 and weight.in_features % step == 0,
-        GROUP_M=tile.group_m, BLOCK_M=plan.block_m, BLOCK_N=tile.block_n, BLOCK_K=step,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    linear_gemm(x, weight, bias_rows, out, plan, wrap, int8_activations=int8_activations)
     return out
 
 
@@ -168,6 +159,7 @@ def moe_experts_quantized_cuda(
     limit: float | None = None,
     weights_on_input: bool = False,
     out_dtype: torch.dtype | None = None,
+    int8_activations: bool = False,
     *,
     tokens_hint: int | None = None,
     plan: QuantizedPlan | None = None,
@@ -180,7 +172,7 @@ def moe_experts_quantized_cuda(
         return x.new_zeros(x.shape, dtype=out_dtype)
     up = _Weight.of(up_packed, up_scales, up_zeros, up_group_size, x.shape[1])
     down = _Weight.of(down_packed, down_scales, down_zeros, down_group_size, inner)
-    plan = plan or _plan(ids, tokens_hint, up, inner, gate != "none")
+    plan = plan or _plan(ids, tokens_hint, up, inner, gate != "none", int8_activations)
     epilogue = Activation(activation, gate, alpha, up_offset, limit)
     rows, repeat = _input_rows(x, weights if weights_on_input else None, top_k)
     on_output = None if weights_on_input else weights
@@ -189,9 +181,12 @@ def moe_experts_quantized_cuda(
         _up_decode(rows, repeat, up, bias_up, ids, h, epilogue, plan.up, wrap)
         return _down_decode(h, down, bias_down, ids, on_output, out_dtype, plan.down, wrap)
     routed = _sort(ids, up.experts, plan.block_m, tokens_hint, wrap)
-    _gemm(routed, rows, repeat, up, bias_up, None, h, epilogue, plan.up, out_sorted=True)
+    grouped_gemm(
+        routed, rows, repeat, up, bias_up, None, h, epilogue, plan.up,
+        out_sorted=True, int8_activations=int8_activations,
+    )  # fmt: skip
     return _down_combine(
-        routed, h, down, bias_down, on_output, out_dtype, plan.down, sorted_h=True
+        routed, h, down, bias_down, on_output, out_dtype, plan.down, True, int8_activations
     )
 
 
@@ -204,6 +199,7 @@ def moe_up_quantized_cuda(
     ids: Tensor,
     bias_up: Tensor | None = None,
     input_weights: Tensor | None = None,
+    int8_activations: bool = False,
     *,
     tokens_hint: int | None = None,
     plan: QuantizedPlan | None = None,
@@ -215,7 +211,7 @@ def moe_up_quantized_cuda(
     size = (tokens * top_k, weight.rows)
     if isinstance(tokens, int) and tokens == 0:
         return x.new_zeros(size)
-    plan = plan or _plan(ids, tokens_hint, weight, weight.rows, False)
+    plan = plan or _plan(ids, tokens_hint, weight, weight.rows, False, int8_activations)
     rows, repeat = _input_rows(x, input_weights, top_k)
     if not plan.block_m:
         out = torch.empty(size, dtype=x.dtype, device=x.device)
@@ -224,7 +220,10 @@ def moe_up_quantized_cuda(
     # No block covers the rows of skipped pairs.
     out = torch.zeros(size, dtype=x.dtype, device=x.device)
     routed = _sort(ids, weight.experts, plan.block_m, tokens_hint, wrap)
-    _gemm(routed, rows, repeat, weight, bias_up, None, out, IDENTITY, plan.up, out_sorted=False)
+    grouped_gemm(
+        routed, rows, repeat, weight, bias_up, None, out, IDENTITY, plan.up,
+        out_sorted=False, int8_activations=int8_activations,
+    )  # fmt: skip
     return out
 
 
@@ -238,6 +237,7 @@ def moe_down_combine_quantized_cuda(
     weights: Tensor | None = None,
     bias_down: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    int8_activations: bool = False,
     *,
     tokens_hint: int | None = None,
     plan: QuantizedPlan | None = None,
@@ -249,18 +249,23 @@ def moe_down_combine_quantized_cuda(
     weight = _Weight.of(packed, scales, zeros, group_size, h.shape[1])
     if isinstance(tokens, int) and tokens == 0:
         return h.new_zeros((tokens, weight.rows), dtype=out_dtype)
-    plan = plan or _plan(ids, tokens_hint, weight, weight.in_features, False)
+    plan = plan or _plan(ids, tokens_hint, weight, weight.in_features, False, int8_activations)
     h = _inner_contiguous(h)
     if not plan.block_m:
         return _down_decode(h, weight, bias_down, ids, weights, out_dtype, plan.down, wrap)
     routed = _sort(ids, weight.experts, plan.block_m, tokens_hint, wrap)
     return _down_combine(
-        routed, h, weight, bias_down, weights, out_dtype, plan.down, sorted_h=False
+        routed, h, weight, bias_down, weights, out_dtype, plan.down, False, int8_activations
     )
 
 
 def _plan(
-    ids: Tensor, tokens_hint: int | None, weight: _Weight, inner: int, gated: bool
+    ids: Tensor,
+    tokens_hint: int | None,
+    weight: _Weight,
+    inner: int,
+    gated: bool,
+    int8_activations: bool,
 ) -> QuantizedPlan:
     layer = QuantizedExperts(
         top_k=int(ids.shape[1]),
@@ -271,7 +276,8 @@ def _plan(
         bits=weight.bits,
         group_size=weight.group_size,
     )
-    return choose_quantized_plan(layer, _tokens(ids, tokens_hint), gpu_of(ids.device.index))
+    choose = choose_int8_plan if int8_activations else choose_quantized_plan
+    return choose(layer, _tokens(ids, tokens_hint), gpu_of(ids.device.index))
 
 
 def _up_decode(
@@ -353,39 +359,6 @@ def _down_decode(
     return y
 
 
-def _gemm(
-    routed: _Routed,
-    a: Tensor,
-    repeat: int,
-    weight: _Weight,
-    bias: Tensor | None,
-    weights: Tensor | None,
-    out: Tensor,
-    epilogue: Activation,
-    tile: Tile,
-    *,
-    out_sorted: bool,
-    a_sorted: bool = False,
-) -> None:
-    assert isinstance(tile, GemmTile)
-    bias_arg, stride_be, stride_bn = _bias_args(bias, weight.packed)
-    scale, stride_st, stride_sk = _bias_args(weights, weight.packed)
-    columns = tile.block_n if epilogue.gate == "none" else tile.block_n // 2
-    step = weight.step(tile)
-    inner, capacity = out.shape[1], routed.capacity
-    routed.wrap(moe_quantized_gemm_kernel)[(capacity * _cdiv(inner, columns),)](
-        a, *weight.tensors(), bias_arg, scale, routed.order, routed.blocks, out,
-        repeat, capacity, tile.group_m, weight.in_features, inner, weight.rows, *weight.sizes(),
-        a.stride(0), stride_be, stride_bn, stride_st, stride_sk,
-        TOP_K=routed.ids.shape[1], A_SORTED=a_sorted, OUT_SORTED=out_sorted,
-        **epilogue.constants(), HAS_BIAS=bias is not None, HAS_WEIGHTS=weights is not None,
-        **weight.constants(),
-        EVEN=inner % columns == 0 and weight.in_features % step == 0,
-        BLOCK_M=routed.block_m, BLOCK_N=tile.block_n, BLOCK_K=step,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-
-
 def _down_combine(
     routed: _Routed,
     h: Tensor,
@@ -394,13 +367,13 @@ def _down_combine(
     weights: Tensor | None,
     out_dtype: torch.dtype,
     tile: Tile,
-    *,
     sorted_h: bool,
+    int8_activations: bool,
 ) -> Tensor:
     rows = torch.empty((routed.order.shape[0], weight.rows), dtype=h.dtype, device=h.device)
-    _gemm(
+    grouped_gemm(
         routed, h, 1, weight, bias, weights, rows, IDENTITY, tile,
-        out_sorted=False, a_sorted=sorted_h,
+        out_sorted=False, a_sorted=sorted_h, int8_activations=int8_activations,
     )  # fmt: skip
     top_k = routed.ids.shape[1]
     return _combine(rows, routed.ids, top_k, True, weight.experts, out_dtype, routed.wrap)

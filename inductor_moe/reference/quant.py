@@ -15,6 +15,7 @@ CHUNK = 64  # codes in 16 words of 4 nibbles
 WORDS = 16
 CENTER = 8  # the 4-bit code of zero where there are no zero points
 BITS = {torch.int16: 4, torch.int8: 8}
+INT8_GROUPS = (32, 64, 128)  # groups of 4-bit codes that are multiplied with int8 activations
 
 
 def packed_width(in_features: int, bits: int) -> int:
@@ -65,6 +66,25 @@ def dequantize_reference(
     zero = center if zeros is None else _per_input(zeros, group_size, in_features).to(wide)
     scale = _per_input(scales, group_size, in_features).to(wide)
     return ((codes - zero) * scale).to(scales.dtype)
+
+
+def round_activations(x: Tensor, group_size: int) -> Tensor:
+    """x in steps of int8 codes, symmetric for each row and group: what W4A8 multiplies by.
+
+    The step is the largest of the group over 127; no value moves by more than half of it.
+
+    x        [..., K]
+    returns  [..., K]  fp32 (fp64 for fp64)
+    """
+    inputs = x.shape[-1]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    grouped = torch.nn.functional.pad(wide, (0, -inputs % group_size)).unflatten(
+        -1, (group_count(inputs, group_size), group_size)
+    )
+    step = grouped.abs().amax(-1, keepdim=True) / 127
+    codes = (grouped / torch.where(step == 0, 1.0, step)).round()
+    rounded: Tensor = (codes * step).flatten(-2).narrow(-1, 0, inputs)
+    return rounded
 
 
 def _per_input(values: Tensor, group_size: int, in_features: int) -> Tensor:

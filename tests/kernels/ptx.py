@@ -11,6 +11,7 @@ import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
 FLOATS = {"bf16x2": torch.bfloat16, "f16x2": torch.float16}
+STORED = {tl.bfloat16: np.uint16, tl.float16: np.float16, tl.int8: np.int8}
 
 
 def run(assembly: str, words: np.ndarray) -> np.ndarray:
@@ -34,6 +35,8 @@ def _execute(operation: str, values: list[np.ndarray]) -> np.ndarray:
         return values[0]
     if operation == "shr.u32":
         return values[0] >> values[1]
+    if operation == "shl.b32":
+        return values[0] << values[1]
     if operation == "lop3.b32":
         a, b, c, table = values
         return _lop3(a, b, c, int(table.flat[0]))
@@ -64,12 +67,11 @@ def _halves(words: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
 def inline_asm_elementwise(
     asm: Any, constraints: Any, args: Any, dtype: Any, is_pure: Any, pack: Any, **_: Any
 ) -> tl.tensor:
-    """Stands for tl.inline_asm_elementwise: one 16-bit input and output, two to a register."""
+    """Stands for tl.inline_asm_elementwise: one input and one output of a size, in registers."""
     unwrap = lambda value: getattr(value, "value", value)  # noqa: E731
-    assert unwrap(constraints) == "=r,r" and unwrap(pack) == 2 and len(args) == 1
     data = np.ascontiguousarray(args[0].handle.data)
-    words = data.reshape(-1).view(np.uint16).view(np.uint32)
-    found = run(unwrap(asm), words).astype(np.uint32).view(np.uint16).reshape(data.shape)
+    assert unwrap(constraints) == "=r,r" and unwrap(pack) * data.itemsize == 4 and len(args) == 1
+    words = data.reshape(-1).view(np.uint32)
     kind = unwrap(dtype)
-    stored = found if kind == tl.bfloat16 else found.view(np.float16)
+    stored = run(unwrap(asm), words).astype(np.uint32).view(STORED[kind]).reshape(data.shape)
     return tl.tensor(TensorHandle(stored, kind), tl.block_type(kind, list(data.shape)))

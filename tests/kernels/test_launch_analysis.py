@@ -16,6 +16,10 @@ from triton.backends.compiler import GPUTarget
 
 from inductor_moe import compat
 from inductor_moe.kernels.delta_decode import delta_decode
+from inductor_moe.ops.quant_cuda import quantized_linear_cuda
+from inductor_moe.quant.fit import Scheme, quantize_weight
+from inductor_moe.quant_tiles import QuantizedPlan
+from inductor_moe.tiles import GemmTile
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="compiles: not under the interpreter"
@@ -55,16 +59,17 @@ def generated(monkeypatch):
 
 def launches(arguments, calls):
     """The arguments of the launches of so many decode steps."""
+    return traced(lambda *given: [delta_decode(*given) for _ in range(calls)], arguments)
+
+
+def traced(function, arguments):
+    """The arguments of the launches of a function on a GPU's tensors."""
     fake = FakeTensorMode()
     with fake:
         tensors = tree_map_only(
             torch.Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda"), arguments
         )
-
-        def steps(*given):
-            return [delta_decode(*given) for _ in range(calls)]
-
-        graph = make_fx(steps)(*tensors).graph
+        graph = make_fx(function)(*tensors).graph
     return [
         {
             **node.kwargs,
@@ -99,6 +104,21 @@ def test_another_dtype_is_another_launch(generated):
     assert first == second
     assert generated.count("delta_decode_kernel") == 2
     assert generated.count("delta_decode_tail_kernel") == 1
+
+
+def test_int8_activations_change_their_outputs_alone(generated):
+    """Packed words that a kernel reads as bytes are not written."""
+    scheme = Scheme(4, 128, False, "rtn")
+    weight = quantize_weight(torch.randn(96, 256).bfloat16(), scheme)
+    plan = QuantizedPlan(64, GemmTile(64, 128, 8, 4, 3), GemmTile(64, 128, 8, 4, 3))
+    found = traced(
+        lambda x, packed, scales, zeros: quantized_linear_cuda(
+            x, packed, scales, zeros, None, 128, True, plan=plan, wrap=compat.wrap_triton
+        ),
+        (torch.randn(64, 256).bfloat16(), weight.packed, weight.scales, weight.zeros),
+    )
+    assert [set(mutated(launch)) for launch in found] == [{"out", "scales", "sums"}, {"out"}]
+    assert generated == ["quantize_activations_kernel", "int8_linear_kernel"]
 
 
 def test_kernels_of_others_are_not_remembered():

@@ -206,6 +206,13 @@ def test_halves_and_skipped_pairs(plan):
     assert relative_error(found, reference) <= LIMIT
 
 
+def with_extreme_codes(weight: Packed) -> Packed:
+    """Every nibble 0 or 15."""
+    ends = torch.randint(0, 2, (*weight.packed.shape, 4)) * 15
+    words = (ends << torch.arange(0, 16, 4)).sum(-1).to(torch.int16)
+    return Packed(words, weight.scales, weight.zeros)
+
+
 ADVERSARIAL = {
     "large mean": lambda x: x + 100.0,
     "one huge channel": lambda x: x * torch.where(torch.arange(x.shape[1]) == 37, 1e4, 1.0),
@@ -231,15 +238,46 @@ def test_adversarial_inputs(plan, inputs, codes, scheme):
     x = ADVERSARIAL[inputs](torch.randn(2, 256)).bfloat16()
     weight = packed((32, 256), kind, torch.bfloat16)
     if codes == "extreme":
-        # Every nibble 0 or 15.
-        generator = torch.Generator().manual_seed(3)
-        ends = torch.randint(0, 2, (32, 64, 4), generator=generator) * 15
-        words = (ends << torch.arange(0, 16, 4)).sum(-1).to(torch.int16)
-        weight = Packed(words, weight.scales, weight.zeros)
+        weight = with_extreme_codes(weight)
     found = quant_cuda.quantized_linear_cuda(
         x, *arguments(weight, kind)[:3], None, kind.group_size, plan=PLANS[plan], wrap=Interpreted
     )
     reference = x.double() @ exact(weight, kind, 256).T
+    assert relative_error(found, reference) <= LIMIT
+
+
+@pytest.mark.parametrize(
+    ("plan", "inputs", "codes", "scheme"),
+    cases(
+        ("parts-8", "large mean", "extreme", "int4 g64 zeros"),
+        ("parts-8", "one huge channel", "extreme", "int4 g128"),
+        ("gemm", "large mean", "extreme", "int4 g128"),
+        ("gemm", "one huge channel", "extreme", "int4 g64 zeros"),
+        plan=PLANS,
+        inputs=ADVERSARIAL,
+        codes=("random", "extreme"),
+        scheme=("int4 g128", "int4 g64 zeros"),
+    ),
+)
+def test_adversarial_inputs_of_experts(plan, inputs, codes, scheme):
+    kind, ids = SCHEMES[scheme], torch.randint(0, EXPERTS, (2, TOP_K))
+    options = {"plan": PLANS[plan], "wrap": Interpreted}
+    up, down = (packed((EXPERTS, 32, 256), kind, torch.bfloat16) for _ in range(2))
+    if codes == "extreme":
+        up, down = with_extreme_codes(up), with_extreme_codes(down)
+    x = ADVERSARIAL[inputs](torch.randn(2, 256)).bfloat16()
+    found = quant_cuda.moe_up_quantized_cuda(x, *arguments(up, kind), ids, **options)
+    reference = moe_up_reference(x.double(), exact(up, kind, 256), ids)
+    assert relative_error(found, reference) <= LIMIT
+    h = ADVERSARIAL[inputs](torch.randn(2 * TOP_K, 256)).bfloat16()
+    # One slot a token: a sum over slots may cancel, and then shows the rounding of its terms.
+    ids, weights = ids.reshape(-1, 1), torch.rand(2 * TOP_K, 1).bfloat16()
+    found = quant_cuda.moe_down_combine_quantized_cuda(
+        h, *arguments(down, kind), ids, weights, **options
+    )
+    reference = moe_down_combine_reference(
+        h.double(), exact(down, kind, 256), ids, weights.double()
+    )
     assert relative_error(found, reference) <= LIMIT
 
 

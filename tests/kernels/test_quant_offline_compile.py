@@ -24,6 +24,7 @@ from inductor_moe.quant_tiles import (
     PartsTile,
     QuantizedExperts,
     QuantizedLinear,
+    choose_int8_plan,
     choose_quantized_plan,
 )
 
@@ -40,7 +41,9 @@ SCHEMES = {
 }
 
 
-def record_experts(scheme: Scheme, tokens: int, gpu: Any, dtype: Any = torch.bfloat16) -> dict:
+def record_experts(
+    scheme: Scheme, tokens: int, gpu: Any, dtype: Any = torch.bfloat16, int8: bool = False
+) -> dict:
     launches: dict[str, Any] = {}
     up = empty(torch.Size([256, 1024, 2048]), dtype, META, scheme)
     down = empty(torch.Size([256, 2048, 512]), dtype, META, scheme)
@@ -51,13 +54,20 @@ def record_experts(scheme: Scheme, tokens: int, gpu: Any, dtype: Any = torch.bfl
         down.packed, down.scales, down.zeros, scheme.group_size, 512,
         torch.empty(tokens, 8, dtype=torch.int64, device=META),
         torch.empty(tokens, 8, dtype=dtype, device=META),
-        plan=choose_quantized_plan(layer, tokens, gpu), wrap=Recorder(launches),
+        int8_activations=int8,
+        plan=(choose_int8_plan if int8 else choose_quantized_plan)(layer, tokens, gpu),
+        wrap=Recorder(launches),
     )  # fmt: skip
     return launches
 
 
 def record_linear(
-    scheme: Scheme, tokens: int, gpu: Any, outputs: int = 12352, zeros: Any = torch.bfloat16
+    scheme: Scheme,
+    tokens: int,
+    gpu: Any,
+    outputs: int = 12352,
+    zeros: Any = torch.bfloat16,
+    int8: bool = False,
 ) -> dict:
     launches: dict[str, Any] = {}
     weight = empty(torch.Size([outputs, 2048]), torch.bfloat16, META, scheme)
@@ -65,8 +75,9 @@ def record_linear(
     layer = QuantizedLinear(outputs, 2048, scheme.bits, scheme.group_size)
     quantized_linear_cuda(
         torch.empty(tokens, 2048, dtype=torch.bfloat16, device=META),
-        weight.packed, weight.scales, points, None, scheme.group_size,
-        plan=choose_quantized_plan(layer, tokens, gpu), wrap=Recorder(launches),
+        weight.packed, weight.scales, points, None, scheme.group_size, int8,
+        plan=(choose_int8_plan if int8 else choose_quantized_plan)(layer, tokens, gpu),
+        wrap=Recorder(launches),
     )  # fmt: skip
     return launches
 
@@ -90,7 +101,7 @@ def compiled(launches: dict[str, Any], gpu: Any) -> dict[str, Any]:
     found = {}
     for key, (source, options) in launches.items():
         name = source.fn.fn.__name__
-        if "quantized" not in name and "merged" not in name:
+        if not any(part in name for part in ("quantize", "merged", "int8")):
             continue
         kernel = triton.compile(
             source, target=GPUTarget("cuda", 10 * major + minor, 32), options=options
@@ -119,6 +130,39 @@ def test_zero_points_finer_than_the_scales_compile_without_spills():
         assert compiled(
             record_linear(SCHEMES["int4 zeros"], tokens, H100, zeros=torch.float32), H100
         )
+
+
+INT8_SCHEMES = {
+    "g32": Scheme(4, 32, True, "rtn"),
+    "g64 zeros": Scheme(4, 64, False, "rtn"),
+    "g128": Scheme(4, 128, True, "rtn"),
+}
+INT8_KERNELS = {"quantize_activations_kernel", "moe_int8_gemm_kernel", "int8_linear_kernel"}
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: "sm_{}{}".format(*gpu.capability))
+def test_int8_activations_compile_without_spills_for_the_tensor_cores(gpu):
+    kernels = compiled(record_experts(SCHEMES["int4"], 4096, gpu, int8=True), gpu)
+    kernels |= compiled(record_linear(SCHEMES["int4"], 4096, gpu, int8=True), gpu)
+    assert set(kernels) == INT8_KERNELS
+    for name in INT8_KERNELS - {"quantize_activations_kernel"}:
+        listing = instructions(kernels[name].asm["cubin"])
+        assert {"IGMMA", "IMMA"} & set(listing), name
+        assert "HMMA" not in listing and "HGMMA" not in listing, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: "sm_{}{}".format(*gpu.capability))
+@pytest.mark.parametrize("scheme", INT8_SCHEMES)
+def test_every_bucket_of_int8_activations_compiles_without_spills(scheme, gpu):
+    kind = INT8_SCHEMES[scheme]
+    for tokens in (64, 256, 1024, 4096):
+        for launches in (
+            record_experts(kind, tokens, gpu, int8=True),
+            record_linear(kind, tokens, gpu, int8=True),
+            record_linear(kind, tokens, gpu, outputs=1000, zeros=torch.float32, int8=True),
+        ):
+            assert set(compiled(launches, gpu)) <= INT8_KERNELS
 
 
 @pytest.mark.slow
