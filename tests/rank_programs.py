@@ -125,7 +125,7 @@ def bytes_of(module):
 
 
 def packed_exchange_program(rank, world, names):
-    """Packed models whose tokens are exchanged over one dimension of a mesh, against whole ones."""
+    """Packed models that exchange tokens over one dimension of a mesh, against whole ones."""
     found = {}
     for name in names:
         model = family_of(name).build().requires_grad_(False)
