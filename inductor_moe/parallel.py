@@ -117,6 +117,7 @@ def parallelize(
 
     touched = [*(module for _, module in found), *(layer.module for layer in layers)]
     before = sum(map(_bytes, touched))
+    by_name = str(group.group_name)
     chosen = Exchange(group, exchange, all_to_all_from(ranks, _top_k(model), all_to_all_tokens))
     for name, module in found:
         count = int(module.num_experts) // ranks  # type: ignore[arg-type]
@@ -126,13 +127,13 @@ def parallelize(
         module.sharded_over, module.exchange = ranks, exchange  # type: ignore[assignment]
         if exchange == "all-reduce":
             module.register_forward_pre_hook(routing)
-            module.register_forward_hook(Sum(group))
+            module.register_forward_hook(Sum(by_name))
         else:
             block = model.get_submodule(name.rpartition(".")[0])
             sliced = block if type(block).__name__ in BLOCKS else None
-            spread(module, sliced, chosen, routing, Sum(group))
+            spread(module, sliced, chosen, routing, Sum(by_name))
     for layer in layers:
-        keep_heads(layer, rank, group)
+        keep_heads(layer, rank, by_name)
     names = tuple(name for name, _ in found), tuple(layer.name for layer in layers)
     return Parallelization(*names, rank, ranks, before, sum(map(_bytes, touched)))
 

@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from inductor_moe import compat
@@ -86,8 +85,8 @@ def layers_to_share(model: nn.Module, ranks: int) -> list[HeadsLayer]:
     return found
 
 
-def keep_heads(layer: HeadsLayer, rank: int, group: dist.ProcessGroup) -> None:
-    """Keep this rank's heads of a layer, in place, and add the results of all ranks up."""
+def keep_heads(layer: HeadsLayer, rank: int, group: str) -> None:
+    """Keep this rank's heads of a layer, in place; add results up over the group of that name."""
     shard_heads(layer, rank % layer.shards)
     output = layer.output
     if rank > 0 and output.bias is not None:  # to be added once
@@ -96,10 +95,13 @@ def keep_heads(layer: HeadsLayer, rank: int, group: dist.ProcessGroup) -> None:
 
 
 class Sum:
-    """Adds up the results of all ranks; `counts`: whether this rank's own is one to add."""
+    """Adds up the results of all ranks; `counts`: whether this rank's own is one to add.
 
-    def __init__(self, group: dist.ProcessGroup, counts: bool = True) -> None:
-        self.group, self.counts = str(group.group_name), counts
+    group  the name of the ranks' process group
+    """
+
+    def __init__(self, group: str, counts: bool = True) -> None:
+        self.group, self.counts = group, counts
 
     def __call__(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
         # One sum over all ranks, not one for each set of parts: its result is the same to the

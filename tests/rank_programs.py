@@ -124,6 +124,21 @@ def bytes_of(module):
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
 
 
+def packed_exchange_program(rank, world, names):
+    """Packed models that exchange tokens over one dimension of a mesh, against whole ones."""
+    found = {}
+    for name in names:
+        model = family_of(name).build().requires_grad_(False)
+        inductor_moe.quantize_(model, "int4", group_size=16, skip=["lm_head"], verbose=False)
+        whole, prompt = copy.deepcopy(model), zoo.prompt(model, 7, seed=1)
+        mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("dp", "ep"))
+        inductor_moe.parallelize(model, mesh, dim="ep", exchange="all-to-all")
+        with torch.no_grad():
+            pair = [m(prompt, use_cache=False).logits for m in (model, whole)]
+        found[name] = relative_error(*pair)
+    return found
+
+
 def package_program(rank, world, place, names):
     """Packages of sharded models, exported and loaded by each rank, against eager whole ones."""
     found = {}

@@ -23,7 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-GOALS = {"memory": 0.56, "prefill": 1.6, "decode64": 1.4, "decode1": 0.95}
+from ranks_summary import gathered, table
+
 PHASES = ("prefill", "decode64", "decode1")
 CHECKED, FOLLOWED, ROWS = 64, 8, 8  # tokens of a prompt, then to decode, and sequences compared
 REPEATS, STEPS = 7, 64
@@ -149,7 +150,8 @@ class _Process:
         else:
             self._time_reductions()
             notes.flag("reduced")
-            torch.distributed.destroy_process_group()
+            sys.stdout.flush()
+            os._exit(0)  # graphs that hold collectives may outlive the group, which then waits
 
     def _join(self) -> None:
         import datetime
@@ -198,6 +200,7 @@ class _Process:
         from inductor_moe.bench import generate
 
         self.notes.say(f"{phase} begins")
+        _peak(self.device)
         prepare = self._prefill if phase == "prefill" else self._decode
         batch = 1 if phase == "prefill" else int(phase.removeprefix("decode"))
         measure, logits, compile_s = prepare(batch)
@@ -383,6 +386,7 @@ def _bytes(model: Any) -> int:
 
 
 def _peak(device: str) -> int:
+    """The most bytes allocated since the last call."""
     import torch
 
     if device != "cuda":
@@ -390,54 +394,6 @@ def _peak(device: str) -> int:
     peak = torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     return peak
-
-
-def gathered(given: argparse.Namespace) -> dict[str, Any]:
-    """What all processes have found until now, and what follows from it."""
-    found: dict[str, Any] = {"setup": {k: str(v) for k, v in vars(given).items() if k != "folder"}}
-    for role in ("one", *(f"rank{rank}" for rank in range(given.ranks))):
-        file = given.folder / f"{role}.json"
-        found[role] = json.loads(file.read_text()) if file.exists() else {}
-    one = found["one"]
-    ranks = [found[f"rank{rank}"] for rank in range(given.ranks)]
-    summary: dict[str, Any] = {}
-    if one.get("weights") and all("weights" in rank for rank in ranks):
-        share = max(rank["weights"]["bytes"] for rank in ranks) / one["weights"]["bytes"]
-        summary["memory"] = {"ratio": share, "met": share <= GOALS["memory"]}
-    for phase in given.phases.split(","):
-        if phase not in one or not all(phase in rank for rank in ranks):
-            continue
-        slowest = max(rank[phase]["us"] for rank in ranks)
-        ratio = one[phase]["us"] / slowest
-        entry = {"one_us": one[phase]["us"], "ranks_us": slowest, "ratio": ratio,
-                 "met": ratio >= GOALS[phase], "errors": one.get(f"{phase}-errors"),
-                 "ranks_agree": len({rank[phase]["sum"] for rank in ranks}) == 1}  # fmt: skip
-        predicted = one.get("predicted", {}).get(f"{phase} {given.ranks}")
-        if predicted:
-            entry["predicted_us"] = predicted["us"]
-            entry["predicted_off"] = predicted["us"] / slowest - 1
-        summary[phase] = entry
-    return {"summary": summary, **found}
-
-
-def table(found: dict[str, Any]) -> str:
-    lines = [f"{'':10}{'one':>12}{'ranks':>12}{'ratio':>8}{'goal':>7}{'predicted':>12}{'off':>7}"]
-    for name, one in found["summary"].items():
-        if name == "memory":
-            sizes = [found[role]["weights"]["bytes"] / 1e9 for role in ("one", "rank0")]
-            lines.append(f"{'GB':10}{sizes[0]:12.2f}{sizes[1]:12.2f}{one['ratio']:8.3f}"
-                         f"{GOALS[name]:7.2f}")  # fmt: skip
-            continue
-        text = f"{name + ' ms':10}{one['one_us'] / 1e3:12.3f}{one['ranks_us'] / 1e3:12.3f}"
-        text += f"{one['ratio']:8.3f}{GOALS[name]:7.2f}"
-        if "predicted_us" in one:
-            text += f"{one['predicted_us'] / 1e3:12.3f}{one['predicted_off']:+7.0%}"
-        lines.append(text)
-        lines.append(f"  errors {one['errors']}, ranks agree to the bit: {one['ranks_agree']}")
-    reduced = found["rank0"].get("all_reduce_us")
-    lines.append(f"all-reduce us by tokens: {reduced}")
-    lines += [f"{k}: {v['failed']}" for k, v in found.items() if "failed" in v]
-    return "\n".join(lines)
 
 
 def main() -> int:
@@ -458,6 +414,9 @@ def main() -> int:
         failed_at = None
         while any(process.poll() is None for process in running.values()):
             time.sleep(0.5)
+            for role, process in running.items():
+                if process.poll():  # also if it was killed and could not say so
+                    (given.folder / f"{role}.failed").touch()
             given.json.write_text(json.dumps(gathered(given), indent=1) + "\n")
             if failed_at is None and any(process.poll() for process in running.values()):
                 failed_at = time.perf_counter()

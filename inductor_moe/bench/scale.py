@@ -205,7 +205,8 @@ class Scale:
         if exchange == "all-reduce":
             experts = whole
         else:
-            sent = BF16 * math.ceil(tokens / ranks) * d.top_k * d.hidden
+            reached = ranks * (1 - (1 - 1 / ranks) ** d.top_k)  # of the ranks, by each token
+            sent = BF16 * math.ceil(tokens / ranks) * reached * d.hidden
             experts = 2 * links.all_to_all(sent, ranks) + links.all_gather(size, ranks)
         return sharded * whole + d.layers * experts
 

@@ -175,9 +175,9 @@ def test_a_decode_step_by_hand():
 
 
 def test_the_all_to_all_exchange_by_hand():
-    """Four tokens on two ranks: two choices of two tokens leave each rank, and come back."""
+    """Four tokens on two ranks: each has two, and a token's two choices reach 1.5 ranks."""
     found = small(exchange="all-to-all", heads=False).predict(2).prefill
-    to_all = 2e-6 + 0.5 * (2 * 2 * 64 * 2) / 100e9
+    to_all = 2e-6 + 0.5 * (2 * 1.5 * 64 * 2) / 100e9
     gather = 2e-6 + 0.5 * (4 * 64 * 2) / 100e9
     assert found.links == pytest.approx(2 * to_all + gather)
     assert small(exchange="faster", heads=False).predict(2).prefill.exchange == "all-reduce"

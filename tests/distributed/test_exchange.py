@@ -58,6 +58,15 @@ def test_exchanging_models_are_as_exact_as_whole_ones(
             assert decode.items() >= (summed if exchange == "auto" else sliced).items(), name
 
 
+def test_packed_models_exchange_over_a_dimension_of_a_mesh(tmp_path):
+    names = ["qwen3_5_moe_text", "gpt_oss"]  # a block on slices, and experts alone
+    program = rank_programs.packed_exchange_program
+    found = ranks.results(ranks.run(program, 2, tmp_path, limit=200, names=names))
+    for results in found:
+        assert list(results) == names
+        assert max(results.values()) < 2e-6, results
+
+
 @pytest.mark.slow
 def test_exchanging_models_run_as_inductor_compiles_them(tmp_path):
     arguments = {"families": ["qwen3_5_moe_text"], "dtype": "bfloat16", "steps": 3, "real": True}
