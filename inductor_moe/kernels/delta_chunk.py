@@ -152,15 +152,15 @@ def delta_chunk_intra_kernel(
     solve += start * C
     tile = row[:, None] * C + row[None, :]
     tl.store(attn + tile, qk.to(attn.dtype.element_ty), mask=inside[:, None])
-    inverse = unit_lower_inverse(kk * strength[:, None], levels, C, SHORT_SOLVE, PRECISION)
-    inverse *= strength[None, :]
-    tl.store(solve + tile, inverse.to(solve.dtype.element_ty), mask=inside[:, None])
     rows += start + row
     kind = tl.cast(rows_kind, tl.int64)
     tl.store(rows, from_start * key_scale, mask=inside)
     tl.store(rows + kind, to_end * key_scale, mask=inside)
     tl.store(rows + 2 * kind, from_start * query_scale, mask=inside)
     tl.store(rows + 3 * kind, from_start, mask=inside)
+    inverse = unit_lower_inverse(kk * strength[:, None], levels, C, SHORT_SOLVE, PRECISION)
+    inverse *= strength[None, :]
+    tl.store(solve + tile, inverse.to(solve.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
@@ -241,9 +241,14 @@ def delta_chunk_scan_kernel(
     tl.store(final + at, current.to(final.dtype.element_ty), mask=in_state)
 
 
+# Triton 3.8 and later spill on sm_80 with eight warps, earlier ones with four.
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+AMPERE_WARPS = 4 if TRITON >= (3, 8) else 8
+
+
 def intra_tile(key_width: int, dtype: torch.dtype, device: torch.device) -> Tile:
     block_k = min(padded(key_width), 128 if dtype.itemsize == 2 else 32)
-    return Tile(block_k, 0, 4 if limits(device).capability >= 90 else 8)
+    return Tile(block_k, 0, 4 if limits(device).capability >= 90 else AMPERE_WARPS)
 
 
 def scan_tile(
