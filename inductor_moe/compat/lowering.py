@@ -125,6 +125,8 @@ def lower_by_tracing(
 
     node = V.graph.current_node
     fake_args, fake_kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    # Where Inductor constrains the layout of an op's arguments it adds the defaults.
+    kwargs = {name: kwargs[name] for name in fake_kwargs}
     values, spec = pytree.tree_flatten((args, kwargs))
     fakes = pytree.tree_leaves((tuple(fake_args), dict(fake_kwargs)))
     boxes, inputs = [], []

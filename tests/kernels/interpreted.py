@@ -36,6 +36,7 @@ class Interpreted:
                 mock.patch.object(
                     interpreter.InterpreterBuilder, "create_si_to_fp", _int_to_float
                 ),
+                mock.patch.object(interpreter.InterpreterBuilder, "create_splat", _splat),
                 mock.patch.object(tl, "inline_asm_elementwise", inline_asm_elementwise),
             ):
                 # A launch patches triton.language for the kernel, and restores it; Triton's own
@@ -93,3 +94,14 @@ def _int_to_float(builder: Any, value: Any, target: Any) -> Any:
         return _int_to_any_float(builder, value, target)
     bits = torch.from_numpy(value.data.astype(np.float32)).bfloat16().view(torch.int16)
     return interpreter.TensorHandle(bits.numpy().view(np.uint16), tl.bfloat16)
+
+
+# A comparison has the dtype of what it compares, and a splat of it was no mask to Triton 3.9.
+_any_splat = interpreter.InterpreterBuilder.create_splat
+
+
+def _splat(builder: Any, shape: Any, value: Any) -> Any:
+    handle = _any_splat(builder, shape, value)
+    if value.data.dtype == np.bool_:
+        return interpreter.TensorHandle(handle.data.astype(np.bool_), tl.int1)
+    return handle

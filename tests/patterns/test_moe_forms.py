@@ -72,6 +72,9 @@ def test_grouped_length(count, dynamic):
     check(forms.routed(mask_sentinels=True), forms.tokens(count=count), dynamic=dynamic)
 
 
+LIMIT = torch.tensor(0.7)
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -80,8 +83,11 @@ def test_grouped_length(count, dynamic):
         lambda g, u: torch.nn.functional.silu(g) * u * 1.5,
         lambda g, u: torch.nn.functional.silu(g) * u + g,
         lambda g, u: torch.nn.functional.softplus(g) * u,
+        lambda g, u: torch.clamp(g, torch.full([], -0.5), torch.full([], 0.5)) * u,
+        # How a float that Dynamo takes for a number unknown reaches the graph from 2.15 on.
+        lambda g, u: torch.clamp_min(g.clamp_max(LIMIT), -LIMIT) * u,
     ],
-    ids=["tanh", "swapped-halves", "scaled", "sum", "softplus"],
+    ids=["tanh", "swapped-halves", "scaled", "sum", "softplus", "clamp", "unknown-limit"],
 )
 @pytest.mark.parametrize("form", ["grouped", "batched"])
 def test_an_unnamed_function_keeps_its_nodes(form, function):

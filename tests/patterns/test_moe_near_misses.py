@@ -42,6 +42,14 @@ GROUPED = {
         {"function": lambda g, u: torch.softmax(g, 0) * u},
         "not row-wise",
     ),
+    "a bound for each row": (
+        {
+            "function": lambda g, u: (
+                torch.clamp_max(g, torch.arange(len(g)).to(g)[:, None] / 30) * u
+            )
+        },
+        "a value for each row",
+    ),
     "up rows used outside": ({"extra": lambda up, h, out: up.sum()}, "used by"),
     "hidden rows used outside": ({"extra": lambda up, h, out: h.sum(0)}, "used by"),
     "output rows used outside": ({"extra": lambda up, h, out: out * 2}, "used by"),
@@ -57,6 +65,7 @@ SHARED = (
     "weights applied twice",
     "weights added",
     "bias by shifted ids",
+    "a bound for each row",
     "up rows used outside",
     "hidden rows used outside",
     "output rows used outside",
