@@ -112,6 +112,7 @@ class _Process:
         self.given, self.notes = given, notes
         self.rank = None if given.role == "one" else int(given.role[4:])
         self.ranks = [f"rank{rank}" for rank in range(given.ranks)]
+        self.logits: dict[str, Any] = {}
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cuda":
             torch.cuda.set_device(self.rank or 0)
@@ -145,6 +146,8 @@ class _Process:
             self._phase(phase)
         if self.rank is None:
             notes.wait("reduced", self.ranks)
+            for phase, logits in self.logits.items():  # fp32 takes the memory that ranks had
+                self._compare(phase, logits)
             if given.predict:
                 self._predict()
         else:
@@ -197,6 +200,8 @@ class _Process:
 
     def _phase(self, phase: str) -> None:
         """Compile beside the other processes, then measure alone, the one before the ranks."""
+        import torch
+
         from inductor_moe.bench import generate
 
         self.notes.say(f"{phase} begins")
@@ -218,8 +223,12 @@ class _Process:
         }  # fmt: skip
         self.notes.keep(phase, found)
         self.notes.say(f"{phase}: {found['us'] / 1e3:.3f} ms")
-        self._compare(phase, batch, logits)
+        if self.rank is None:
+            self.logits[phase] = logits
+        elif self.rank == 0:
+            torch.save(logits.cpu(), self.given.folder / f"{phase}.pt")
         self.notes.flag(f"{phase}-measured")
+        self.notes.wait(f"{phase}-measured", self.ranks)
         del measure, logits
         generate.free(self.device)
 
@@ -279,19 +288,14 @@ class _Process:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def _compare(self, phase: str, batch: int, logits: Any) -> None:
+    def _compare(self, phase: str, logits: Any) -> None:
         """Errors of the one's and of rank 0's logits, and eager's in bf16, against fp32."""
         import torch
 
         from inductor_moe.bench import generate
 
         held = self.given.folder / f"{phase}.pt"
-        if self.rank is not None:
-            if self.rank == 0:
-                torch.save(logits.cpu(), held)
-            return
-        self.notes.flag(f"{phase}-measured")
-        self.notes.wait(f"{phase}-measured", self.ranks)
+        batch = 1 if phase == "prefill" else int(phase.removeprefix("decode"))
         tokens = self.given.prompt if phase == "prefill" else CHECKED
         exact = generate.exact(self.model, self._ids(batch, tokens + FOLLOWED)[:ROWS])
         ranks = torch.load(held).to(self.device) if held.exists() else None
