@@ -48,6 +48,7 @@ from inductor_moe.compat.passes import (
     keep_matmuls,
     real_tensors,
     run_post_grad_passes,
+    tree_leaves,
 )
 from inductor_moe.compat.quant import int4_cpu_codes
 
@@ -91,6 +92,7 @@ __all__ = [
     "size_hint",
     "statically_true",
     "tracing_backend_is_ours",
+    "tree_leaves",
     "turn_on_dynamo_setting",
     "upper_bound",
     "wrap_triton",
