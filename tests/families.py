@@ -30,6 +30,12 @@ OWN_EXPERTS = {
     "step3p7": "Step3p7Experts",
     "switch_transformers": "SwitchTransformersExperts",
 }
+# Families whose experts are left, and why.
+_MODULES = (
+    "each expert is a module, called in a loop over the experts that were hit: how often it runs "
+    "depends on the data, and transformers has no other form"
+)
+WHY_LEFT = {"nllb_moe": _MODULES, "switch_transformers": _MODULES}
 DELTA_CLASSES = r"\w*(GatedDeltaNet|DeltaAttention)|Glm5NextTextLinearAttention"
 
 SIZES: dict[str, Any] = {

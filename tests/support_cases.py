@@ -15,7 +15,7 @@ import torch
 import zoo
 from transformers import DynamicCache, StaticCache
 
-from inductor_moe import compat
+from inductor_moe import capture_for_export, compat
 from inductor_moe.backend import collected
 from inductor_moe.report import Report, merge
 from inductor_moe.testing import fused_layers, graph_backend, relative_error
@@ -146,7 +146,8 @@ def _measure(
         return _measure_decode(family, model, exact)
     call = Call(family, model)
     if form.path == "export":
-        program = torch.export.export(call, (call.prompt(0),), strict=False)
+        with capture_for_export():
+            program = torch.export.export(call, (call.prompt(0),), strict=False)
         compiled = torch.compile(program.module(), backend=graph_backend(), fullgraph=False)
     else:
         compiled = torch.compile(call, backend=graph_backend(), fullgraph=False)

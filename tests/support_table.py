@@ -116,14 +116,16 @@ def markdown(data: dict) -> str:
         graphs = max(r["graphs"] for r in results)
         lines.append(f"| {name} | {layers} | {matched}/{len(results)} | {ratio} | {graphs} |")
         left = {r["form"]: r["reasons"] for r in results if not r["whole"]}
-        notes += [f"- **{name}**, {form}: {why(reasons)}" for form, reasons in left.items()]
+        notes += [f"- **{name}**, {form}: {why(name, reasons)}" for form, reasons in left.items()]
     if notes:
         lines += ["", "## What is left, and why", "", *notes]
     return "\n".join(lines) + "\n"
 
 
-def why(reasons: list[str]) -> str:
-    return "; ".join(dict.fromkeys(reasons[:2])) or "not found in the graph"
+def why(name: str, reasons: list[str]) -> str:
+    text = "; ".join(dict.fromkeys(reasons[:2])) or "not found in the graph"
+    cause = families.WHY_LEFT.get(name)
+    return f"{cause} ({text})" if cause else text
 
 
 if __name__ == "__main__":

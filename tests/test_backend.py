@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -75,6 +76,23 @@ def test_disabling_one_form_leaves_the_other():
     options = {"inductor_moe.disable": "moe.experts.batched_mm"}
     _, report = capture(forms.routed(form="grouped"), forms.tokens(), options=options)
     assert fused_layers(report) == {"moe_experts": 1}
+
+
+@pytest.mark.parametrize("name", [rewrite.name for rewrite in patterns.ALL])
+def test_every_rewrite_has_a_switch(monkeypatch, name):
+    tried = []
+
+    def recording(form):
+        def anchors(graph):
+            tried.append(form.name)
+            return iter(())
+
+        return dataclasses.replace(form, anchors=anchors)
+
+    monkeypatch.setattr(passes, "ALL", tuple(map(recording, patterns.ALL)))
+    ours, _ = parse({"inductor_moe.disable": name})
+    passes.rewrite(torch.fx.Graph(), ours)
+    assert sorted(tried) == sorted(r.name for r in patterns.ALL if r.name != name)
 
 
 class CountingPass(torch._inductor.custom_graph_pass.CustomGraphPass):
@@ -206,8 +224,6 @@ def test_threads_compile_at_once():
 
 def broken(monkeypatch, **changes):
     """Every rewrite with some of its steps replaced."""
-    import dataclasses
-
     changed = tuple(dataclasses.replace(form, **changes) for form in patterns.ALL)
     monkeypatch.setattr(passes, "ALL", changed)
 

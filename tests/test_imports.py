@@ -47,7 +47,7 @@ SURFACE = {
     "parallel", "parallel_exchange", "parallel_heads", "report_html", "targets", "testing",
 }  # fmt: skip
 
-PRIVATE = ("torch._", "functorch")
+PRIVATE = ("functorch", "torch.fx.experimental")  # no underscore, yet no public API
 COMPAT_ONLY = "private APIs of PyTorch are used in inductor_moe/compat/ alone"
 
 
@@ -106,37 +106,51 @@ def test_every_exception_is_used():
     assert set(ROUTES) <= used
 
 
-def private_uses(name: str) -> list[str]:
-    """Private modules of PyTorch that a module imports or reaches as torch._x.y attributes."""
-    found = [target for target in imported(name) if target.startswith(PRIVATE)]
-    for node in ast.walk(ast.parse(MODULES[name].read_text())):
-        if isinstance(node, ast.Attribute):
-            dotted = ast.unparse(node)
-            private = dotted.startswith("torch._") and dotted.split(".")[1] in PRIVATE_MODULES
-            if private:
-                found.append(f"line {node.lineno}: {dotted}")
+def is_private(dotted: str) -> bool:
+    """Whether a dotted name of PyTorch or Triton has a part with a leading underscore."""
+    package, *parts = dotted.split(".")
+    if dotted.startswith(PRIVATE):
+        return True
+    if package not in {"torch", "triton"} or parts[:1] == ["ops"]:
+        return False
+    return any(part.startswith("_") and not part.startswith("__") for part in parts)
+
+
+def private_uses(source: str) -> list[str]:
+    """Private names of PyTorch that a source imports or reaches as attributes."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            names = [ast.unparse(node)] if isinstance(node, ast.Attribute) else []
+        found += [f"line {node.lineno}: {name}" for name in names if is_private(name)]
     return found
-
-
-PRIVATE_MODULES = {
-    "_C",
-    "_dynamo",
-    "_export",
-    "_functorch",
-    "_guards",
-    "_higher_order_ops",
-    "_inductor",
-    "_library",
-    "_logging",
-    "_ops",
-    "_prims_common",
-    "_subclasses",
-}
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if layer_of(name) != "compat"])
 def test_private_apis_stay_in_compat(name):
-    assert private_uses(name) == [], COMPAT_ONLY
+    assert private_uses(MODULES[name].read_text()) == [], COMPAT_ONLY
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch._inductor.config",
+        "from torch import _dynamo",
+        "from torch._higher_order_ops import wrap",
+        "from torch.utils import _pytree",
+        "import torch.fx.experimental.symbolic_shapes",
+        "from functorch.compile import make_boxed_func",
+        "torch._dynamo.config.x = True",
+        "torch.library._impls.clear()",
+    ],
+)
+def test_a_private_use_is_seen(source):
+    assert private_uses(source)
+    assert not private_uses("torch.ops.aten._grouped_mm; torch.library.wrap_triton; x._private")
 
 
 def run_python(source: str, cwd: Path = ROOT.parent) -> str:

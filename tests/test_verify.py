@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import forms
 import pytest
 import torch
+from state_cases import CASES, run
+from typer.testing import CliRunner
 
 import inductor_moe
 from inductor_moe import patterns
 from inductor_moe.backend import collected
+from inductor_moe.cli import app
 from inductor_moe.errors import VerificationError, VerificationWarning
 from inductor_moe.patterns.moe import experts
 from inductor_moe.testing import graph_backend, relative_error
 
 
 def wrong_replace(graph, site):
-    """Runs the experts with their choices in reversed order of tokens."""
+    """Runs the first expert whatever was chosen."""
     output = experts.replace_experts(graph, site)
     call = output
     while "moe_experts" not in str(call.target):
         call = call.args[0]
     with graph.inserting_before(call):
-        flipped = graph.call_function(torch.ops.aten.flip.default, (call.args[3], [0]))
-        flipped.meta["val"] = call.args[3].meta["val"]
-    call.update_arg(3, flipped)
+        first = graph.call_function(torch.ops.aten.mul.Tensor, (call.args[3], 0))
+        first.meta["val"] = call.args[3].meta["val"]
+    call.update_arg(3, first)
     return output
 
 
@@ -117,6 +121,28 @@ def test_bisect_names_the_rewrite_and_the_site(wrong):
 
 def test_bisect_finds_nothing_where_all_is_right():
     assert bisected(TwoBlocks(), forms.tokens(torch.float32)) == ()
+
+
+@pytest.mark.slow
+def test_the_command_names_the_rewrite_and_fails(wrong, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "block.py").write_text(
+        "import forms, torch\n"
+        "def build():\n"
+        "    block = forms.routed(torch.float32, form='batched')\n"
+        "    return block, (forms.tokens(torch.float32),)\n"
+    )
+    result = CliRunner().invoke(app, ["bisect", f"{tmp_path / 'block.py'}:build"])
+    assert result.exit_code == 1, result.output
+    assert "moe.experts.batched_mm" in result.output
+
+
+@pytest.mark.parametrize("name", ["plain", "new state returned", "cache shared"])
+def test_states_are_updated_once(name):
+    options = {"inductor_moe.verify": True, "inductor_moe.strict": True}
+    backend = graph_backend(options)
+    with torch.no_grad():
+        run(CASES[name], functools.partial(torch.compile, backend=backend, fullgraph=True))
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2])

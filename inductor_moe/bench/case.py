@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+
+from inductor_moe.compat import tree_leaves
 
 
 @dataclass(frozen=True)

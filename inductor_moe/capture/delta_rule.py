@@ -112,12 +112,13 @@ SUBSTITUTES: dict[str, Callable[[Function], Function]] = {
 
 _installed: dict[types.FunctionType, str] = {}
 _enabled = True
+_exporting = False
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def applies() -> bool:
     """Whether the graph being traced is for our backend. Evaluated by Dynamo, never in a graph."""
-    return _enabled and compat.tracing_backend_is_ours()
+    return _enabled and (_exporting or compat.tracing_backend_is_ours())
 
 
 def install() -> None:
@@ -158,6 +159,8 @@ def _substitute(module: types.ModuleType) -> None:
 def capture_for_export() -> Iterator[None]:
     """Within the block, transformers' delta-rule functions are one op each.
 
+    So are the experts of the families that loop over them by data-dependent counts.
+
     For torch.export, which (with strict=False) runs the model as plain Python:
 
         with torch.no_grad(), inductor_moe.capture_for_export():
@@ -167,7 +170,12 @@ def capture_for_export() -> Iterator[None]:
     puts them back at the end. Calls with gradients enabled still run the original bodies. The
     replacement is seen by every thread.
     """
+    from inductor_moe.capture import experts
+
+    global _exporting
+    experts.install()
     replaced: list[tuple[dict[str, Any], str, Any]] = []
+    before, _exporting = _exporting, True
     try:
         for module_name, module in list(sys.modules.items()):
             if not module_name.startswith(MODULES):
@@ -179,6 +187,7 @@ def capture_for_export() -> Iterator[None]:
                     vars(module)[name] = _for_export(function)
         yield
     finally:
+        _exporting = before
         for names, name, function in replaced:
             names[name] = function
 

@@ -58,6 +58,7 @@ from inductor_moe.compat.passes import (
     keep_matmuls,
     real_tensors,
     run_post_grad_passes,
+    tree_leaves,
 )
 from inductor_moe.compat.quant import int4_cpu_codes
 
@@ -109,6 +110,7 @@ __all__ = [
     "statically_true",
     "store_of",
     "tracing_backend_is_ours",
+    "tree_leaves",
     "turn_on_dynamo_setting",
     "upper_bound",
     "wrap_triton",

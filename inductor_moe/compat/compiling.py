@@ -115,10 +115,13 @@ def caches_enabled() -> bool:
 
 
 def tracing_backend_is_ours() -> bool:
-    """Whether Dynamo, which calls this while it traces, traces for our backend."""
+    """Whether Dynamo traces at this moment, and does so for our backend."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    backend = InstructionTranslator.current_tx().output.compiler_fn
+    try:
+        backend = InstructionTranslator.current_tx().output.compiler_fn
+    except AttributeError:  # torch.export with strict=False compiles without Dynamo
+        return False
     while backend is not None:
         if getattr(backend, "is_inductor_moe", False):
             return True

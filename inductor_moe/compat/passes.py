@@ -102,10 +102,17 @@ def graph_fake_mode(graph: fx.Graph) -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     for node in graph.nodes:
-        for value in torch.utils._pytree.tree_leaves(node.meta.get("val")):
+        for value in tree_leaves(node.meta.get("val")):
             if hasattr(value, "fake_mode"):
                 return value.fake_mode
     return FakeTensorMode()
+
+
+def tree_leaves(value: Any) -> list[Any]:
+    """What is in nested tuples, lists, dicts and registered classes, in order."""
+    from torch.utils import _pytree as pytree
+
+    return pytree.tree_leaves(value)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from inductor_moe.reference.moe import gated_activation
 
@@ -136,7 +137,7 @@ def _project(rows: Tensor, weight: Tensor, bias: Tensor | None, routing: _Routin
         if bias is not None:
             out = out + bias[routing.expert]
         return out.to(rows.dtype)
-    grouped = torch._grouped_mm(rows[routing.order], weight.transpose(1, 2), offs=routing.ends)
+    grouped = F.grouped_mm(rows[routing.order], weight.transpose(1, 2), offs=routing.ends)
     out = grouped[routing.place]
     if bias is not None:
         out = (out.float() + bias[routing.expert]).to(rows.dtype)

@@ -32,6 +32,7 @@ class Interpreted:
             with (
                 mock.patch.object(JITFunction, "__call__", _call_interpreted),
                 mock.patch.object(interpreter, "_convert_float", _convert_float),
+                mock.patch.object(interpreter, "_patch_lang_tensor", _patch_lang_tensor),
                 mock.patch.object(interpreter.InterpreterBuilder, "create_dot", _dot),
                 mock.patch.object(
                     interpreter.InterpreterBuilder, "create_si_to_fp", _int_to_float
@@ -105,3 +106,12 @@ def _splat(builder: Any, shape: Any, value: Any) -> Any:
     if value.data.dtype == np.bool_:
         return interpreter.TensorHandle(handle.data.astype(np.bool_), tl.int1)
     return handle
+
+
+# Triton 3.6 makes an index of an array of one element, which numpy 2.4 refuses.
+_patch_any_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_lang_tensor(tensor: Any, *scope: Any) -> None:
+    _patch_any_lang_tensor(tensor, *scope)
+    tensor.__index__ = lambda self: int(self.handle.data.item())

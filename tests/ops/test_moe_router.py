@@ -223,6 +223,10 @@ def test_rounded_logits_are_left_alone():
         return block.experts(x, ids, weights)
 
     x = torch.randn(1, forms.HIDDEN)
+    graphs = []
+    capture(forward, x, graphs=graphs, options={"inductor_moe.disable": "moe"})
+    if not any(torch.bfloat16 in node.args for node in graphs[0].graph.nodes):
+        pytest.skip("Inductor itself drops the rounding, as torch 2.11 does")
     found, report = capture(forward, x)
     assert report.counts() == {"moe_experts": 1, "moe_route": 1}
     assert not [site for site in report.matched if site.rewrite == "moe.router"]
