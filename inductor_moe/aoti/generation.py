@@ -23,7 +23,7 @@ from inductor_moe.errors import ExportError
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-EXAMPLE_TOKENS = 1024  # tiles are chosen for prompts of about this length
+EXAMPLE_TOKENS = 1024  # tiles are those for prompts of about this length
 
 
 def export_generation(
