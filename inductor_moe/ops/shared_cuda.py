@@ -62,8 +62,10 @@ def moe_experts_shared_cuda(
 
     w_up, w_down = weight(up, hidden), weight(down, inner)
     if plan is None:
-        sized = inner if packed else w_down
-        plan = launch._plan(ids, tokens_hint, w_up, sized, gate != "none")
+        if packed:
+            plan = quant_cuda._plan(ids, tokens_hint, w_up, inner, gate != "none", False)
+        else:
+            plan = moe_cuda._plan(ids, tokens_hint, w_up, w_down, gate != "none")
     own = (own_gate or own_up, own_up, own_down)
     if not plan.block_m and (packed or all(p.values.stride(-1) == 1 for p in (up, down, *own))):
         own_inner = int(own_up.values.shape[0])

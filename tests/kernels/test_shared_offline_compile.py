@@ -22,7 +22,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def record(layer: Experts, own: int, tokens: int, gpu: Gpu, scheme: Scheme | None) -> dict:
+def record(
+    layer: Experts, own: int, tokens: int, gpu: Gpu | None, scheme: Scheme | None
+) -> dict[str, Any]:
+    """The launches of a call, which chooses its plan itself where there is no gpu to plan for."""
     dtype = torch.float32 if layer.itemsize == 4 else torch.bfloat16
     hidden, inner = layer.hidden, layer.inner
 
@@ -32,11 +35,12 @@ def record(layer: Experts, own: int, tokens: int, gpu: Gpu, scheme: Scheme | Non
         packed = empty(torch.Size(shape), dtype, torch.device("meta"), scheme)
         return [packed.packed, packed.scales, packed.zeros]
 
-    plan: Any = choose_plan(layer, tokens, gpu)
-    if scheme is not None:
+    plan: Any = None
+    if gpu is not None and scheme is None:
+        plan = choose_plan(layer, tokens, gpu)
+    elif gpu is not None:
         kind = (layer.top_k, layer.experts, hidden, inner, True, scheme.bits, scheme.group_size)
         plan = choose_quantized_plan(QuantizedExperts(*kind), tokens, gpu)
-    assert not plan.block_m
     launches: dict[str, Any] = {}
     moe_experts_shared_cuda(
         torch.empty(tokens, hidden, dtype=dtype, device="meta"),
@@ -72,7 +76,9 @@ def test_every_layer_compiles_without_spills(layer, own, scheme, gpu):
         compile_all(launches, gpu)
 
 
-def test_a_shared_expert_adds_no_launch():
-    launches = record(LAYERS["qwen3_5"][0], 512, 1, H100, SCHEMES["int4"])
+@pytest.mark.parametrize("gpu", [H100, None], ids=["planned", "by itself"])
+@pytest.mark.parametrize("scheme, prefix", [("int4", "quantized"), (None, "moe")])
+def test_a_shared_expert_adds_no_launch(gpu, scheme, prefix):
+    launches = record(LAYERS["qwen3_5"][0], 512, 1, gpu, scheme and SCHEMES[scheme])
     names = [source.fn.fn.__name__ for source, _ in launches.values()]
-    assert names == ["quantized_up_decode_kernel", "quantized_down_decode_kernel"]
+    assert names == [f"{prefix}_up_decode_kernel", f"{prefix}_down_decode_kernel"]
