@@ -162,8 +162,11 @@ def delta_chunk_intra_kernel(
 
 
 @triton.jit
-def load_rows(rows, kind, first, length, C: tl.constexpr):
-    """The chunk's factors [C] of k's read, k's write and q's read, and its whole decay."""
+def load_rows(rows, kind, start, first, length, C: tl.constexpr):
+    """The chunk's factors [C] of k's read, k's write and q's read, and its whole decay.
+
+    rows is at the sequence's first row, `start` rows into the tensor's.
+    """
     row = tl.arange(0, C)
     inside = row < length - first
     rows += first
@@ -172,7 +175,7 @@ def load_rows(rows, kind, first, length, C: tl.constexpr):
     query_read = tl.load(rows + 2 * kind + row, mask=inside, other=0.0)
     last = tl.minimum(length - first, C) - 1
     # no mask: a masked scalar load slows the serial kernel by a quarter
-    whole = tl.load(rows + 3 * kind + tl.maximum(last, -first))
+    whole = tl.load(rows + 3 * kind + tl.maximum(last, -first - start))
     return key_read, key_write, query_read, whole
 
 
@@ -229,7 +232,7 @@ def delta_chunk_scan_kernel(
     length = end - start
     DTYPE: tl.constexpr = q.dtype.element_ty
     # Loads that no product takes whole are not pipelined: a chunk ahead, they hide their latency.
-    key_read, key_write, query_read, whole = load_rows(rows, kind, 0, length, C)
+    key_read, key_write, query_read, whole = load_rows(rows, kind, start, 0, length, C)
     for first in range(0, length, C):
         inside = row < length - first
         in_key = inside[:, None] & in_k[None, :]
@@ -239,7 +242,9 @@ def delta_chunk_scan_kernel(
         query = tl.load(q + first * q_t + query_cell, mask=in_key, other=0.0)
         value = tl.load(v + first * v_t + value_cell, mask=in_value, other=0.0)
         both = tl.load(solve + first * (2 * C) + solve_cell, mask=in_solve, other=0.0)
-        next_read, next_write, next_query, next_whole = load_rows(rows, kind, first + C, length, C)
+        next_read, next_write, next_query, next_whole = load_rows(
+            rows, kind, start, first + C, length, C
+        )
 
         narrow = current.to(DTYPE)
         read = tl.dot(key, narrow, input_precision=PRECISION)

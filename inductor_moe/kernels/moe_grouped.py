@@ -153,7 +153,8 @@ def moe_grouped_gemm_kernel(
     expert = tl.load(blocks + block)
     first_row = tl.load(blocks + capacity + block)
     rows = tl.load(blocks + 2 * capacity + block)
-    if expert >= 0:
+    # none, too, where PyTorch runs the kernel on zeros while it makes a package
+    if (expert >= 0) & (rows > 0):
         w_expert = w + expert.to(tl.int64) * stride_we
         bias_expert = bias + expert.to(tl.int64) * stride_be
         short = False

@@ -162,7 +162,8 @@ def moe_quantized_gemm_kernel(
     expert = tl.load(blocks + block)
     first_row = tl.load(blocks + capacity + block)
     rows = tl.load(blocks + 2 * capacity + block)
-    if expert >= 0:
+    # none, too, where PyTorch runs the kernel on zeros while it makes a package
+    if (expert >= 0) & (rows > 0):
         # Rows past the block's end repeat its last row: no mask in the loop, and not stored.
         row = first_row + tl.minimum(tl.arange(0, BLOCK_M), rows - 1)
         pair = tl.load(order + row)
