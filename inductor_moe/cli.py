@@ -33,7 +33,7 @@ app = typer.Typer(
     name=PROGRAM,
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help="Fused Mixture-of-Experts layers for unmodified PyTorch models, under torch.compile.",
     epilog=_examples("doctor", "demo", "explain my_model.py --html report.html"),
@@ -172,8 +172,7 @@ def explain(
 
     A script that builds a model and its input is enough:
 
-        def build():
-            return Model().eval(), (torch.arange(16)[None],)
+        def build(): return Model().eval(), (torch.arange(16)[None],)
     """
     from inductor_moe.targets import load
 

@@ -59,7 +59,7 @@ def scale(
     ] = 0.7,
     results: Annotated[
         list[Path] | None,
-        typer.Option(help="JSON of `bench`, or a folder of it; again for more. [the published]"),
+        typer.Option(help="JSON of `bench` or a folder; the published ones if none."),
     ] = None,
     gpu: Annotated[
         str | None, typer.Option(help="Whose rows to take, if there are several GPUs'.")
