@@ -69,6 +69,8 @@ pre.code {
 summary { cursor: pointer; }
 details ul { margin: 0.3rem 0 0; padding-left: 1.2rem; }
 ul.box { padding-left: 2rem; }
+ul.box > li { white-space: pre-line; }
+ul.box > li + li { margin-top: 0.8rem; }
 @media (max-width: 34rem) {
   dl.facts { grid-template-columns: 1fr; gap: 0; }
   dl.facts dd { margin-bottom: 0.5rem; }
@@ -142,7 +144,7 @@ def _counts(report: Report) -> str:
 def _remarks(title: str, texts: Iterable[str], advised: Iterable[str] = ()) -> str:
     """A list of texts, each with its advice below where there is some."""
     remedies = [f'<p class="advice">{escape(text)}</p>' for text in advised]
-    items = [f"<li>{escape(text)}" for text in texts]
+    items = [f"<li>{escape(text.strip())}" for text in texts]
     remedies += [""] * (len(items) - len(remedies))
     if not items:
         return ""
