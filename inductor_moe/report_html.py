@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 
 from inductor_moe import advice
-from inductor_moe.report import Report, Site
+from inductor_moe.report import Report, Site, scaled
 
 STYLE = """
 :root {
@@ -226,18 +226,9 @@ def _before(names: str) -> str:
 def _needs(moved: int | None, work: int | None) -> str:
     parts = []
     if moved is not None:
-        parts.append(f"{_scaled(moved)}B to move")
+        parts.append(f"{scaled(moved)}B to move")
     if work is not None:
-        parts.append(f"{_scaled(work)}FLOP")
+        parts.append(f"{scaled(work)}FLOP")
     if moved and work is not None:
         parts.append(f"{work / moved:.3g} FLOP a byte")
     return ", ".join(parts)
-
-
-def _scaled(number: float) -> str:
-    """Three digits and a unit prefix: 9.46 M."""
-    for prefix in ("", "k", "M", "G"):
-        if number < 999.5:
-            return f"{number:.3g} {prefix}"
-        number /= 1000
-    return f"{number:.3g} T"
