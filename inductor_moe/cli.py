@@ -94,7 +94,8 @@ def demo(
 
     The exit status is 1 if an MoE layer was not fused or the numbers disagree.
     """
-    from inductor_moe import demo as job
+    with console.status("load torch"):
+        from inductor_moe import demo as job
 
     with _clear_errors():
         setup = job.choose(device, layers, str(experts), mode)
@@ -247,9 +248,9 @@ def package(
 
     The exit status is 1 if the package needs Python.
     """
-    from inductor_moe.aoti.audit import inspect
-
     with _clear_errors(), errors.status(escape(f"read {check}")):
+        from inductor_moe.aoti.audit import inspect
+
         contents = inspect(check)
     console.print(escape(str(contents)), soft_wrap=True)
     if contents.python_ops:

@@ -83,7 +83,8 @@ def generate(
             _numbers("decode", decode), _numbers("batch", batch), _names(against), _names(phases),
             layers, budget, check,
         )  # fmt: skip
-        found = job.run(setup, show, _say)
+        with errors.status("measuring"):
+            found = job.run(setup, show, _say)
         for op in dict.fromkeys(row.op for row in found.rows):
             console.print(results.generation_table(found.rows, op, setup.name))
     for row in found.rows:
@@ -118,7 +119,8 @@ def profile(
                 f"provider: there is no {provider!r}; there are {', '.join(BACKENDS)}"
             )
         device = chosen_device(device)
-        found = job.profile(model, quant, device, layers, provider, prompt, batch, trace)
+        with errors.status("building and compiling the model"):
+            found = job.profile(model, quant, device, layers, provider, prompt, batch, trace)
         console.print(found.table())
         console.print(found.longest())
         if trace:
