@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
+import inductor_moe
 from inductor_moe.cli import app
 from inductor_moe.config import Options
 
@@ -167,6 +168,11 @@ def test_every_option_is_in_the_table():
     assert re.findall(r"^\| `inductor_moe\.(\w+)` \|", text, re.MULTILINE) == list(
         Options.__dataclass_fields__
     )
+
+
+def test_every_public_name_is_on_the_page_of_the_api():
+    listed = set(re.findall(r"^::: .*\.(\w+)$", PAGES["api.md"], re.MULTILINE))
+    assert set(inductor_moe.__all__) - {"__version__"} <= listed
 
 
 def test_links_and_files_exist():
