@@ -33,7 +33,7 @@ app = typer.Typer(
     name=PROGRAM,
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help="Fused Mixture-of-Experts layers for unmodified PyTorch models, under torch.compile.",
     epilog=_examples("doctor", "demo", "explain my_model.py --html report.html"),
@@ -94,7 +94,8 @@ def demo(
 
     The exit status is 1 if an MoE layer was not fused or the numbers disagree.
     """
-    from inductor_moe import demo as job
+    with console.status("load torch"):
+        from inductor_moe import demo as job
 
     with _clear_errors():
         setup = job.choose(device, layers, str(experts), mode)
@@ -172,8 +173,7 @@ def explain(
 
     A script that builds a model and its input is enough:
 
-        def build():
-            return Model().eval(), (torch.arange(16)[None],)
+        def build(): return Model().eval(), (torch.arange(16)[None],)
     """
     from inductor_moe.targets import load
 
@@ -248,9 +248,9 @@ def package(
 
     The exit status is 1 if the package needs Python.
     """
-    from inductor_moe.aoti.audit import inspect
-
     with _clear_errors(), errors.status(escape(f"read {check}")):
+        from inductor_moe.aoti.audit import inspect
+
         contents = inspect(check)
     console.print(escape(str(contents)), soft_wrap=True)
     if contents.python_ops:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -96,9 +97,15 @@ def choose(
 ) -> Setup:
     """Full layer size on a GPU with room for it, small otherwise.
 
-    Raises InductorMoeError if the device does not exist.
+    Raises InductorMoeError if the device or the mode does not exist.
     """
+    try:
+        torch.compile(lambda: None, mode=mode)  # checks the mode; compiles when called
+    except RuntimeError as error:
+        raise InductorMoeError(f"mode: {error}") from None
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
+        raise InductorMoeError(f"device: expected cpu, cuda or cuda:N, got {device!r}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InductorMoeError(
             f"device {device!r} was asked for, but torch {torch.__version__} sees no GPU; "

@@ -23,6 +23,7 @@ from inductor_moe.parallel_exchange import (
     spread,
 )
 from inductor_moe.parallel_heads import Sum, keep_heads, layers_to_share
+from inductor_moe.report import scaled
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -53,7 +54,7 @@ class Parallelization:
         return (
             f"rank {self.rank} of {self.ranks} keeps its share of {len(self.modules)} experts "
             f"modules and of the heads of {len(self.heads)} layers: "
-            f"{self.bytes_before / 1e9:.2f} GB -> {self.bytes_after / 1e9:.2f} GB"
+            f"{scaled(self.bytes_before)}B -> {scaled(self.bytes_after)}B"
         )
 
 

@@ -163,3 +163,12 @@ def reports() -> tuple[Report, ...]:
     """The reports of every compile in this process, oldest first, the last 4096 of them."""
     with _lock:
         return tuple(_reports)
+
+
+def scaled(number: float) -> str:
+    """Three digits and a unit prefix: 9.46 M."""
+    for prefix in ("", "k", "M", "G"):
+        if number < 999.5:
+            return f"{number:.3g} {prefix}"
+        number /= 1000
+    return f"{number:.3g} T"

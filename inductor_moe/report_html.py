@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 
 from inductor_moe import advice
-from inductor_moe.report import Report, Site
+from inductor_moe.report import Report, Site, scaled
 
 STYLE = """
 :root {
@@ -69,6 +69,8 @@ pre.code {
 summary { cursor: pointer; }
 details ul { margin: 0.3rem 0 0; padding-left: 1.2rem; }
 ul.box { padding-left: 2rem; }
+ul.box > li { white-space: pre-line; }
+ul.box > li + li { margin-top: 0.8rem; }
 @media (max-width: 34rem) {
   dl.facts { grid-template-columns: 1fr; gap: 0; }
   dl.facts dd { margin-bottom: 0.5rem; }
@@ -142,7 +144,7 @@ def _counts(report: Report) -> str:
 def _remarks(title: str, texts: Iterable[str], advised: Iterable[str] = ()) -> str:
     """A list of texts, each with its advice below where there is some."""
     remedies = [f'<p class="advice">{escape(text)}</p>' for text in advised]
-    items = [f"<li>{escape(text)}" for text in texts]
+    items = [f"<li>{escape(text.strip())}" for text in texts]
     remedies += [""] * (len(items) - len(remedies))
     if not items:
         return ""
@@ -224,18 +226,9 @@ def _before(names: str) -> str:
 def _needs(moved: int | None, work: int | None) -> str:
     parts = []
     if moved is not None:
-        parts.append(f"{_scaled(moved)}B to move")
+        parts.append(f"{scaled(moved)}B to move")
     if work is not None:
-        parts.append(f"{_scaled(work)}FLOP")
+        parts.append(f"{scaled(work)}FLOP")
     if moved and work is not None:
         parts.append(f"{work / moved:.3g} FLOP a byte")
     return ", ".join(parts)
-
-
-def _scaled(number: float) -> str:
-    """Three digits and a unit prefix: 9.46 M."""
-    for prefix in ("", "k", "M", "G"):
-        if number < 999.5:
-            return f"{number:.3g} {prefix}"
-        number /= 1000
-    return f"{number:.3g} T"

@@ -192,6 +192,21 @@ def test_demo_refuses_a_gpu_that_is_not_there(invoke, monkeypatch):
     assert "sees no GPU" in result.output
 
 
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (("demo", "--device", "tpu"), "device: expected cpu, cuda or cuda:N, got 'tpu'"),
+        (("demo", "--mode", "fast"), "mode: Unrecognized mode=fast, should be one of: default"),
+        (("bench", "--device", "tpu"), "device: expected cuda or cpu, got 'tpu'"),
+    ],
+    ids=["device", "mode", "bench"],
+)
+def test_unknown_choices_are_one_line(invoke, arguments, expected):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert expected in result.output and "Traceback" not in result.output
+
+
 def test_demo_restores_the_weights_after_fp64():
     setup = demo.choose("cpu", layers=1)
     model = demo.build(setup)

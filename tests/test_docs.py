@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
+import inductor_moe
 from inductor_moe.cli import app
 from inductor_moe.config import Options
 
@@ -94,7 +96,7 @@ def test_block_that_cannot_run_here(page, body, needs):
 
 
 def test_what_a_clone_is_told_to_run_is_what_ci_runs():
-    (body,) = (body for _, _, _, needs, body in ALL if needs == "clone")
+    body = "".join(body for _, _, _, needs, body in ALL if needs == "clone")
     checks = (ROOT / ".ci" / "run").read_text() + (ROOT / "README.md").read_text()
     for command in (
         "-c constraints.txt -e '.[test,docs]'",
@@ -148,8 +150,15 @@ def test_blocks_run(needs, tmp_path):
     assert len(dict(files)) == len(files)
     (tmp_path / "blocks.json").write_text(json.dumps([runnable, files, str(ROOT / "examples")]))
     (tmp_path / "runner.py").write_text(RUNNER)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # has inductor-moe
+    env = {**os.environ, "PATH": path}
     done = subprocess.run(
-        [sys.executable, "runner.py"], cwd=tmp_path, capture_output=True, text=True, timeout=900
+        [sys.executable, "runner.py"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -159,6 +168,11 @@ def test_every_option_is_in_the_table():
     assert re.findall(r"^\| `inductor_moe\.(\w+)` \|", text, re.MULTILINE) == list(
         Options.__dataclass_fields__
     )
+
+
+def test_every_public_name_is_on_the_page_of_the_api():
+    listed = set(re.findall(r"^::: .*\.(\w+)$", PAGES["api.md"], re.MULTILINE))
+    assert set(inductor_moe.__all__) - {"__version__"} <= listed
 
 
 def test_links_and_files_exist():

@@ -6,6 +6,7 @@ the demo.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -30,7 +31,11 @@ def blocks(language: str, time: bool = False) -> list[str]:
 
 
 def run(command: list[str], folder: Path) -> str:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # has inductor-moe
+    env = {**os.environ, "PATH": path}
+    done = subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 

@@ -50,7 +50,7 @@ class _LayersUnlessNamed(typer.core.TyperGroup):
 app = typer.Typer(
     cls=_LayersUnlessNamed,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     help="Time layers of real models, or whole models, against other ways to run the same code.",
 )
 
@@ -65,7 +65,7 @@ def layers(
     ] = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="A model whose layers to time; again for more. [qwen3.5-35b-a3b]"),
+        typer.Option(help="Whose layers to time, qwen3.5-35b-a3b if none; again for more."),
     ] = None,
     against: Annotated[
         str, typer.Option(help="Other providers, of inductor, eager and fla; comma-separated.")
@@ -105,6 +105,7 @@ def layers(
         if show:
             found = results.Results.load(show)
         else:
+            device = generation_command.chosen_device(device)
             console.print("[dim]op model size provider: microseconds, error (eager's)[/]")
             with errors.status("measuring"):
                 found = run.run(
@@ -142,7 +143,7 @@ def add_to(main: typer.Typer, examples: Callable[..., str]) -> None:
 def tune(
     model: Annotated[
         list[str] | None,
-        typer.Option(help="A model whose experts to tune; again for more. [qwen3.5-35b-a3b]"),
+        typer.Option(help="Whose experts to tune, qwen3.5-35b-a3b if none; again for more."),
     ] = None,
     sizes: Annotated[
         str, typer.Option(help="Numbers of tokens, comma-separated; 1 to 16384 if none.")

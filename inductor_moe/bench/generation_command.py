@@ -79,10 +79,12 @@ def generate(
         from inductor_moe.bench import results
 
         setup = job.Setup(
-            model, quant, _device(device), _numbers("prompt", prompt), _numbers("decode", decode),
-            _numbers("batch", batch), _names(against), _names(phases), layers, budget, check,
+            model, quant, chosen_device(device), _numbers("prompt", prompt),
+            _numbers("decode", decode), _numbers("batch", batch), _names(against), _names(phases),
+            layers, budget, check,
         )  # fmt: skip
-        found = job.run(setup, show, _say)
+        with errors.status("measuring"):
+            found = job.run(setup, show, _say)
         for op in dict.fromkeys(row.op for row in found.rows):
             console.print(results.generation_table(found.rows, op, setup.name))
     for row in found.rows:
@@ -116,7 +118,9 @@ def profile(
             raise InductorMoeError(
                 f"provider: there is no {provider!r}; there are {', '.join(BACKENDS)}"
             )
-        found = job.profile(model, quant, _device(device), layers, provider, prompt, batch, trace)
+        device = chosen_device(device)
+        with errors.status("building and compiling the model"):
+            found = job.profile(model, quant, device, layers, provider, prompt, batch, trace)
         console.print(found.table())
         console.print(found.longest())
         if trace:
@@ -146,7 +150,8 @@ def _say(text: str) -> None:
     errors.print(f"[dim]{escape(text)}[/]", soft_wrap=True)
 
 
-def _device(name: str | None) -> str:
+def chosen_device(name: str | None) -> str:
+    """The device of that name; a GPU if there is one and no name. Raises InductorMoeError."""
     import torch
 
     device = name or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from inductor_moe.bench.generation_command import quiet_and_clear
+from inductor_moe.bench.generation_command import errors, quiet_and_clear
 from inductor_moe.errors import InductorMoeError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def scale(
     ] = 0.7,
     results: Annotated[
         list[Path] | None,
-        typer.Option(help="JSON of `bench`, or a folder of it; again for more. [the published]"),
+        typer.Option(help="JSON of `bench` or a folder; the published ones if none."),
     ] = None,
     gpu: Annotated[
         str | None, typer.Option(help="Whose rows to take, if there are several GPUs'.")
@@ -85,9 +85,10 @@ def scale(
             models.known_scheme(quant), batch, context, prompt, group, exchange, heads,
             Links(near, far, node), efficiency,
         )  # fmt: skip
-        decoder = Decoder.of(models.config_of(model))
-        found = Scale(decoder, model, measured.load(results or [], model, gpu), setup)
-        predictions = [found.predict(count) for count in counts]
+        with errors.status("predicting"):
+            decoder = Decoder.of(models.config_of(model))
+            found = Scale(decoder, model, measured.load(results or [], model, gpu), setup)
+            predictions = [found.predict(count) for count in counts]
         console.print(_table(found.name, found.measured.gpu, setup, predictions))
         for note in found.notes:
             console.print(escape(note), soft_wrap=True)

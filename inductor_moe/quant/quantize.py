@@ -14,6 +14,7 @@ from inductor_moe.quant.fit import Packed, Scheme, empty, quantize_weight
 from inductor_moe.quant.modules import Slot, replace_parameter
 from inductor_moe.quant.progress import progress
 from inductor_moe.quant.torchao import is_torchao
+from inductor_moe.report import scaled
 
 BITS = {"int4": 4, "int8": 8}
 METHODS = ("rtn", "hqq")
@@ -50,7 +51,7 @@ class Quantization:
     def __str__(self) -> str:
         lines = [
             f"quantised {len(self.quantized)} weights to {self.scheme}: "
-            f"{self.bytes_before / 1e9:.2f} GB -> {self.bytes_after / 1e9:.2f} GB"
+            f"{scaled(self.bytes_before)}B -> {scaled(self.bytes_after)}B"
         ]
         return "\n".join(lines + lines_of(self.skipped))
 
