@@ -182,6 +182,42 @@ def headline(tables: list[Table], generations: list[Generation] | None = None) -
     return "\n\n".join(parts)
 
 
+def ranks_table(folder: Path = RESULTS / "ranks") -> str:
+    """What `two_gpus.py` has measured, beside what `bench scale` predicts from one GPU's times."""
+    held = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    one, steps = held["one_gpu"], {"decode64": "64", "decode1": "1"}
+    versions = ", ".join(f"{name} {one['versions'][name]}" for name in ("torch", "triton"))
+    head = ["", "one GPU", "two", "one / two", "predicted for two"]
+    lines = [_line(head), _line(["---", *["---:"] * 4])]
+    for run in ("prefill", "decode", "decode_one_shot"):
+        found = held[run]["summary"]
+        for phase in [name for name in found if name != "memory"]:
+            size = held["predicted_" + steps.get(phase, "1")]["predictions"][1]
+            step = size["prefill" if phase == "prefill" else "decode"]
+            seconds = sum(value for value in step.values() if isinstance(value, float))
+            row = found[phase]
+            label = {
+                "prefill": f"prefill of {int(held[run]['setup']['prompt']):,} tokens, ms",
+                "decode64": "decode step of 64 sequences, ms",
+                "decode1": "decode step of one sequence, ms",
+            }[phase]
+            if run == "decode_one_shot":
+                label, seconds = f"{label}, all-reduce through symmetric memory", None
+            lines.append(_line([
+                label, *(f"{row[name] / 1e3:,.2f}" for name in ("one_us", "ranks_us")),
+                f"{row['ratio']:.2f}", _shown(seconds and seconds * 1e3, "{:,.2f}"),
+            ]))  # fmt: skip
+    share = [held["decode"][role]["weights"]["bytes"] / 1e9 for role in ("one", "rank0")]
+    lines.append(_line([
+        "weights on a GPU, GB", *(f"{size:.2f}" for size in share),
+        f"{share[0] / share[1]:.2f}", "-",
+    ]))  # fmt: skip
+    return (
+        f"Qwen3.5-35B-A3B, bf16, all layers, on two {one['gpu']}, NCCL without NVLink multicast; "
+        f"{versions}, commit {one['commit'][:9]}; `{one['command']}`:\n\n" + "\n".join(lines)
+    )
+
+
 def every_table(tables: list[Table]) -> str:
     """The page of all measurements."""
     ordered = sorted(tables, key=lambda table: (table.gpu, table.op, table.model))
@@ -239,6 +275,7 @@ def on_page_markdown(text: str, page: Any, **_: Any) -> str:
     # What a block needs is for the tests; Markdown takes no fence with an unknown option.
     text = re.sub(r'^(```\w+.*?) needs="\w+"', r"\1", text, flags=re.MULTILINE)
     whole = [f"## {g.title()}\n\n{g.caption()}\n\n{g.markdown()}" for g in load_generations()]
+    text = text.replace("<!-- ranks -->", ranks_table())
     return text.replace("<!-- every benchmark -->", "\n\n".join([*whole, every_table(load())]))
 
 

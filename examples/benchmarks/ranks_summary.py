@@ -6,12 +6,15 @@ import argparse
 import json
 from typing import Any
 
+PLACES = ("folder", "json", "role")
 GOALS = {"memory": 0.56, "prefill": 1.6, "decode64": 1.4, "decode1": 0.95}
 
 
 def gathered(given: argparse.Namespace) -> dict[str, Any]:
     """What all processes have found until now, and what follows from it."""
-    found: dict[str, Any] = {"setup": {k: str(v) for k, v in vars(given).items() if k != "folder"}}
+    found: dict[str, Any] = {
+        "setup": {k: str(v) for k, v in vars(given).items() if k not in PLACES}
+    }
     for role in ("one", *(f"rank{rank}" for rank in range(given.ranks))):
         file = given.folder / f"{role}.json"
         found[role] = json.loads(file.read_text()) if file.exists() else {}

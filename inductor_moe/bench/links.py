@@ -14,7 +14,8 @@ class Link:
     latency: float
 
 
-NVLINK = Link(360e9, 3e-6)  # 80 % of the 450 GB/s of NVLink 4
+# 80 % of the 450 GB/s of NVLink 4; what NCCL took in a decode step of one token on two H200s
+NVLINK = Link(360e9, 10e-6)
 NETWORK = Link(40e9, 6e-6)  # 80 % of 400 Gb/s for each GPU
 NODE = 8
 

@@ -127,13 +127,17 @@ class Scale:
         wanted = self.setup.exchange
         exchanges = EXCHANGES[:2] if wanted == "faster" else (wanted,)
         excess = self.excess[op]
+        dense = self._dense(rank, batch, tokens, filled)
+        beyond = excess or 0.0
+        if op == "prefill":  # work on the rank's share, where a decode step has gaps and launches
+            whole = Rank(self.decoder, self.setup.scheme)
+            beyond *= dense / self._dense(whole, batch, tokens, filled)
         steps = [
             Step(
                 experts=self._experts(rank, batch * tokens, exchange),
                 rule=self._rule(rank, batch, tokens),
-                dense=self._dense(rank, batch, tokens, filled)
-                / (self.setup.efficiency if excess is None else 1.0),
-                excess=excess or 0.0,
+                dense=dense / (self.setup.efficiency if excess is None else 1.0),
+                excess=beyond,
                 links=self._links(rank, batch * tokens, exchange),
                 exchange=exchange,
             )

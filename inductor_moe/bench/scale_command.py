@@ -50,7 +50,7 @@ def scale(
     node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
     nvlink: Annotated[
         tuple[float, float], typer.Option(help="Within a node: GB/s each way, us a step.")
-    ] = (360, 3),
+    ] = (360, 10),
     network: Annotated[
         tuple[float, float], typer.Option(help="Between nodes, of each GPU: GB/s, us a step.")
     ] = (40, 6),
@@ -122,7 +122,7 @@ def _link(make: Any, name: str, given: tuple[float, float]) -> Any:
         raise InductorMoeError(
             f"{name}: expected GB/s above 0 and us of at least 0, got {bandwidth:g} {latency:g}"
         )
-    return make(bandwidth * 1e9, latency * 1e-6)
+    return make(bandwidth * 1e9, latency / 1e6)
 
 
 def _table(name: str, gpu: str, setup: Any, predictions: list[Prediction]) -> Table:
