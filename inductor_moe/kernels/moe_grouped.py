@@ -50,8 +50,9 @@ def grouped_gemm_tile(
     BLOCK_K: tl.constexpr,
 ):
     m = tl.arange(0, BLOCK_M)
-    # Rows past the block's end repeat its last row: no mask in the loop, and not stored.
-    row = first_row + tl.minimum(m, rows - 1)
+    # Rows past the block's end repeat its last row: no mask in the loop, and not stored. A block
+    # has none where PyTorch runs the kernel on zeros, while it makes a package.
+    row = first_row + tl.maximum(tl.minimum(m, rows - 1), 0)
     pair = tl.load(order + row)
     a_row = row if A_SORTED else pair // a_repeat
     n, exists = up_rows(n_block, inner, GATE, W_INNER, BLOCK_N)
@@ -153,8 +154,7 @@ def moe_grouped_gemm_kernel(
     expert = tl.load(blocks + block)
     first_row = tl.load(blocks + capacity + block)
     rows = tl.load(blocks + 2 * capacity + block)
-    # none, too, where PyTorch runs the kernel on zeros while it makes a package
-    if (expert >= 0) & (rows > 0):
+    if expert >= 0:
         w_expert = w + expert.to(tl.int64) * stride_we
         bias_expert = bias + expert.to(tl.int64) * stride_be
         short = False

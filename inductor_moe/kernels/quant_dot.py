@@ -84,7 +84,7 @@ def packed_dot(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,  # inputs of a group, 0 for one group
     HAS_ZEROS: tl.constexpr,
-    EVEN: tl.constexpr,  # all inputs and rows exist
+    EVEN: tl.constexpr,  # all inputs exist, and all rows may be read
     COLS: tl.constexpr,
     ROWS: tl.constexpr,
 ):

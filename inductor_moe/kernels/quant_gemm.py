@@ -162,10 +162,10 @@ def moe_quantized_gemm_kernel(
     expert = tl.load(blocks + block)
     first_row = tl.load(blocks + capacity + block)
     rows = tl.load(blocks + 2 * capacity + block)
-    # none, too, where PyTorch runs the kernel on zeros while it makes a package
-    if (expert >= 0) & (rows > 0):
-        # Rows past the block's end repeat its last row: no mask in the loop, and not stored.
-        row = first_row + tl.minimum(tl.arange(0, BLOCK_M), rows - 1)
+    if expert >= 0:
+        # Rows past the block's end repeat its last row: no mask in the loop, and not stored. A
+        # block has none where PyTorch runs the kernel on zeros, while it makes a package.
+        row = first_row + tl.maximum(tl.minimum(tl.arange(0, BLOCK_M), rows - 1), 0)
         pair = tl.load(order + row)
         a_row = row if A_SORTED else pair // a_repeat
         n, exists = up_rows(n_block, inner, GATE, "k", BLOCK_N)
@@ -217,8 +217,10 @@ def quantized_linear_kernel(
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = n < n_dim
+    # Rows past the end repeat the last: no mask in the loop, and not stored.
+    row = tl.minimum(n, n_dim - 1)
     acc = quantized_gemm_tile(
-        x, w, scales, zeros, tl.minimum(m, tokens - 1).to(tl.int64), n, exists,
+        x, w, scales, zeros, tl.minimum(m, tokens - 1).to(tl.int64), row, exists,
         k_dim, row_words, groups, stride_x,
         BITS, GROUP, HAS_ZEROS, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
