@@ -83,11 +83,30 @@ def run(function: Callable[..., Any], inputs: dict[str, Tensor]) -> Outcome:
     for one, original, reference in zip(found, plain, exact, strict=True):
         error, own = _error(one, reference), _error(original, reference)
         allowed = max(FLOOR, SLACK * own)
+        if not error <= allowed:
+            error = _error(without_ties(one, original), reference)
         if not error <= allowed or error / allowed > worst / max(budget, 1e-300):
             worst, budget = error, allowed
         if not error <= allowed:
             break
     return Outcome(sites, worst, budget)
+
+
+def without_ties(found: Tensor, original: Tensor) -> Tensor:
+    """found, with the original's values where the two are neighbours in bf16, if those are few.
+
+    A block that rounds to bf16 rounds a value near the middle of two either way, as the last bit
+    of fp32 has it. One in a hundred may: a cast in another place moves far more of them, and one
+    that is lost leaves values that bf16 does not have.
+    """
+    if found.dtype != original.dtype or found.shape != original.shape:
+        return found
+    short = [value.to(torch.bfloat16) for value in (found, original)]
+    exact = (short[0] == found) & (short[1] == original)
+    steps = [value.view(torch.int16).int() for value in short]
+    ties = exact & ((steps[0] - steps[1]).abs() == 1)
+    few = int(ties.sum()) <= max(1, found.numel() // 100)
+    return torch.where(ties, original, found) if few else found
 
 
 def _fresh(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
