@@ -50,19 +50,20 @@ def quantize_activations_kernel(
     value = tl.load(x + row[:, None] * stride_x + (start + k)[None, :], mask=load, other=0.0)
     value = value.to(tl.float32)
     size = tl.abs(value)
-    inverse = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    over = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for part in tl.static_range(BLOCK_K // GROUP):
         own = (k // GROUP == part)[None, :]
         largest = tl.max(tl.where(own, size, 0.0), 1)
         # The maximum passes over a NaN, which must reach the output.
         bad = tl.max(tl.where(own & (value != value), 1, 0), 1)
         divisor = tl.where(largest > 0, largest, float("inf"))
-        inverse = tl.where(own, (127.0 / divisor)[:, None], inverse)
+        over = tl.where(own, divisor[:, None], over)
         scale = tl.where(bad > 0, float("nan"), largest / 127.0)
         group = tl.program_id(1) * (BLOCK_K // GROUP) + part
         tl.store(scales + row * groups + group, scale, mask=exists)
-    # Adding 1.5 * 2^23 leaves no bits below one: it rounds to nearest, ties to even.
-    code = (value * inverse + 12582912.0) - 12582912.0
+    # The product is exact and the quotient rounded, so that a tie is one. Adding 1.5 * 2^23 leaves
+    # no bits below one: it rounds to nearest, ties to even.
+    code = (tl.div_rn(value * 127.0, over) + 12582912.0) - 12582912.0
     tl.store(
         out + row[:, None] * width + (start + place)[None, :],
         code.to(tl.int8),

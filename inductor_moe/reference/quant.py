@@ -81,9 +81,9 @@ def round_activations(x: Tensor, group_size: int) -> Tensor:
     grouped = torch.nn.functional.pad(wide, (0, -inputs % group_size)).unflatten(
         -1, (group_count(inputs, group_size), group_size)
     )
-    step = grouped.abs().amax(-1, keepdim=True) / 127
-    codes = (grouped / torch.where(step == 0, 1.0, step)).round()
-    rounded: Tensor = (codes * step).flatten(-2).narrow(-1, 0, inputs)
+    largest = grouped.abs().amax(-1, keepdim=True)
+    codes = (grouped * 127 / torch.where(largest == 0, 1.0, largest)).round()
+    rounded: Tensor = (codes * (largest / 127)).flatten(-2).narrow(-1, 0, inputs)
     return rounded
 
 
