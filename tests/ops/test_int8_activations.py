@@ -34,8 +34,9 @@ def rounded(x: Tensor, group: int) -> Tensor:
     out = torch.empty_like(x)
     for start in range(0, x.shape[1], group):
         part = x[:, start : start + group]
-        step = part.abs().max(1, keepdim=True).values / 127
-        out[:, start : start + group] = (part / step.clamp_min(1e-300)).round() * step
+        largest = part.abs().max(1, keepdim=True).values
+        codes = (part * 127 / largest.clamp_min(1e-300)).round()
+        out[:, start : start + group] = codes * (largest / 127)
     return out
 
 
