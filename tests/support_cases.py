@@ -14,7 +14,7 @@ import families
 import routing
 import torch
 import zoo
-from transformers import DynamicCache, StaticCache
+from transformers import StaticCache
 
 from inductor_moe import capture_for_export, compat
 from inductor_moe.backend import collected
@@ -231,13 +231,12 @@ def _measure_decode(
 
 
 def _filled(model: torch.nn.Module, ids: torch.Tensor) -> Any:
-    """A cache that holds the prompt: a static one where the model takes it."""
+    """A cache that holds the prompt: a static one where the model takes it, or else its own."""
     try:
         cache: Any = StaticCache(config=model.config, max_cache_len=64)
         model(input_ids=ids, past_key_values=cache)
     except Exception:
-        cache = DynamicCache(config=model.config)
-        model(input_ids=ids, past_key_values=cache)
+        cache = model(input_ids=ids, use_cache=True).past_key_values
     return cache
 
 
