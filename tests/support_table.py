@@ -95,7 +95,8 @@ def markdown(data: dict) -> str:
         f"{data['transformers']} with expert or delta-rule layers, as a tiny random model, on "
         f"torch {data['torch']}. A layer counts where it is rewritten; the error is that of the "
         "rewritten model against fp64, divided by eager's own (the largest over the forms; the "
-        "median of three prompts in each). A model with graph breaks has several graphs; one of "
+        "median of three prompts in each, those in which rounding may turn the fewest choices of "
+        "experts). A model with graph breaks has several graphs; one of "
         "them may serve several layers.",
         "",
         f"{len(whole)} of {len(rows)} families have every layer rewritten in every form "

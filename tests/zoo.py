@@ -99,8 +99,8 @@ def decide_routing(model: torch.nn.Module) -> None:
         row[:EXPERTS] = SCORES[torch.randperm(EXPERTS)]
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
-        leaf = name.split(".")[-2:]
-        if shape == (EXPERTS, hidden) and any(part in ("gate", "router") for part in leaf):
+        parts = name.split(".")[-3:]
+        if shape == (EXPERTS, hidden) and any(part in ("gate", "router") for part in parts):
             parameter.copy_(torch.eye(EXPERTS, hidden))
         elif "router" in name and name.endswith("bias"):
             parameter.zero_()

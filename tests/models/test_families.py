@@ -9,8 +9,10 @@ import contextlib
 
 import families
 import pytest
+import routing
 import support_cases
 import torch
+import zoo
 
 from inductor_moe import capture_for_export
 from inductor_moe.capture import experts
@@ -39,6 +41,7 @@ def test_the_families_are_those_of_transformers():
 def test_family_is_rewritten(family, form):
     result = support_cases.run(family, form)
     assert not result.wrong, result
+    assert not result.undecided or family.name in families.UNDECIDED, result
     if not result.expected or family.name in families.WHY_LEFT:
         return
     assert result.whole, result
@@ -73,3 +76,50 @@ def test_prompts_are_the_same_every_time():
     call = support_cases.Call(family, torch.nn.Identity())
     assert torch.equal(call.prompt(1), call.prompt(1))
     assert not torch.equal(call.prompt(1), call.prompt(2))
+
+
+class Scores(torch.nn.Module):
+    """Chooses two of the scores [N]."""
+
+    def __init__(self, *scores):
+        super().__init__()
+        self.scores = torch.tensor(scores, dtype=torch.float64)
+
+    def forward(self, dim):
+        return self.scores.unsqueeze(1 - dim).topk(2, dim=dim).indices
+
+
+@pytest.mark.parametrize(
+    "low, exact, count",
+    [
+        ((3, 2.01, 1, 0), (3, 2, 1, 0), 0),
+        ((3, 2, 1.96, 0), (3, 2, 1.95, 0), 0),
+        ((3, 2, 1.98, 0), (3, 2, 1.97, 0), 1),  # 4 * 0.01 may turn it, 0.03 are between
+        ((3, 1.9, 2, 0), (3, 2, 1.99, 0), 1),
+        ((3, 2, 2, 0), (3, 2, 2, 0), 0),  # a tie of equals falls alike
+        ((3, -torch.inf, -torch.inf), (3.1, -torch.inf, -torch.inf), 0),
+        ((3, -torch.inf, 2), (3, 2, -torch.inf), 1),
+    ],
+)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_choices_that_rounding_may_turn_are_counted(low, exact, count, dim):
+    assert routing.undecided(Scores(*low), Scores(*exact), dim, slack=2.0) == count
+
+
+@pytest.mark.parametrize("name, decided", [("jetmoe", True), ("zaya", False)])
+def test_prompts_are_those_with_the_fewest_undecided_choices(name, decided, monkeypatch):
+    monkeypatch.setattr(support_cases, "SEEDS", range(1, 7))
+    family = next(family for family in families.families() if family.name == name)
+    pair = zoo.prepare(
+        support_cases.built(family), torch.bfloat16, "grouped_mm", family.switchable
+    )
+    form = next(form for form in FORMS if form.path == "export")
+    seeds, count = support_cases._prompts(family, form, *pair)
+    calls = [support_cases.Call(family, model) for model in pair]
+    counts = [
+        routing.undecided(*calls, calls[0].prompt(seed), slack=support_cases.SLACK)
+        for seed in support_cases.SEEDS
+    ]
+    chosen = [counts[support_cases.SEEDS.index(seed)] for seed in seeds]
+    assert sorted(counts)[: len(seeds)] == chosen and sum(chosen) == count
+    assert (count == 0) is decided
