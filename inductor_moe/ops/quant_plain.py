@@ -25,10 +25,17 @@ def quantized_linear_plain(
     group_size: int,
     int8_activations: bool = False,
 ) -> Tensor:
-    """`quantized_linear` in aten."""
-    weight = dequantize_reference(packed, scales, zeros, group_size, x.shape[1])
-    rows = as_multiplied(x, group_size, int8_activations)
-    return F.linear(rows, weight, None if bias is None else bias.to(x.dtype))
+    """`quantized_linear` in aten; with int8 activations in fp32, as exact as the kernels."""
+    rows = round_activations(x, group_size) if int8_activations else x
+    weight = dequantize_reference(
+        packed,
+        scales.to(rows.dtype) if int8_activations else scales,
+        zeros,
+        group_size,
+        x.shape[1],
+    )
+    out = F.linear(rows, weight, None if bias is None else bias.to(rows.dtype))
+    return out.to(x.dtype)
 
 
 def moe_experts_quantized_plain(
