@@ -185,7 +185,7 @@ def test_batch_of_one_equals_a_row(tokens):
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("path", ("chunk", "steps"))
 def test_packed_sequences(gate, path):
-    ends = [0, 5, 5, 70, 134, 150]
+    ends = [0, 5, 5, 70, 134, 150, 150]
     arguments = inputs(ends[-1], gate)
     arguments["state"] = torch.randn(len(ends) - 1, VALUE_HEADS, KEY, VALUE)
     function = chunked(gate) if path == "chunk" else delta_recurrent.delta_rule_recurrent
