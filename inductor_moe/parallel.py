@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import itertools
 import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -13,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from inductor_moe import compat
 from inductor_moe.errors import ParallelError
 from inductor_moe.parallel_exchange import (
     BLOCKS,
@@ -23,12 +20,13 @@ from inductor_moe.parallel_exchange import (
     spread,
 )
 from inductor_moe.parallel_heads import Sum, keep_heads, layers_to_share
+from inductor_moe.parallel_memory import share_memory
+from inductor_moe.parallel_store import meet
 from inductor_moe.report import scaled
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-_calls = itertools.count()
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "inductor_moe")
 
 
@@ -115,6 +113,7 @@ def parallelize(
     except ParallelError as error:
         problem = str(error)
     _agree(group, problem, signature, timeout)
+    share_memory(group, _device(model), timeout)
 
     touched = [*(module for _, module in found), *(layer.module for layer in layers)]
     before = sum(map(_bytes, touched))
@@ -185,6 +184,10 @@ def _one_dimension(mesh: DeviceMesh, dim: str | None) -> DeviceMesh:
     if mesh.get_coordinate() is None:
         raise ParallelError(f"parallelize: rank {dist.get_rank()} is not on the mesh {mesh}")
     return mesh
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(iter((*model.parameters(), *model.buffers()))).device
 
 
 def _top_k(model: Any) -> int:
@@ -295,31 +298,14 @@ def _agree(group: dist.ProcessGroup, problem: str, signature: list[str], timeout
 
     By the group's store, not by a collective: its waits end in time whatever the backend.
     """
-    store, rank = compat.store_of(group), dist.get_rank(group)
-    place = f"inductor_moe/parallelize/{group.group_name}/{next(_calls)}"
-
-    def gather(step: str, text: str) -> list[str]:
-        """The keys of all ranks' texts, once they are all there."""
-        keys = [f"{place}/{step}/{other}" for other in range(dist.get_world_size(group))]
-        store.set(keys[rank], text)
-        try:
-            store.wait(keys, datetime.timedelta(seconds=timeout))
-        except RuntimeError as error:
-            absent = [str(other) for other, key in enumerate(keys) if not store.check([key])]
-            raise ParallelError(
-                f"parallelize: not every rank arrived within {timeout:g} s: rank {rank} waited "
-                f"for {', '.join(absent) or 'one that came too late'}"
-            ) from error
-        return keys
-
-    first = json.loads(store.get(gather("arrived", json.dumps(signature))[0]))
+    rank = dist.get_rank(group)
+    first = json.loads(meet(group, json.dumps(signature), timeout)[0])
     if not problem and first != signature:
         pairs = zip(first, signature, strict=False)
         counts = f"{len(first)} and {len(signature)} tensors"
         where = next((f"{a} and {b}" for a, b in pairs if a != b), counts)
         problem = f"parallelize: the models of ranks 0 and {rank} differ: {where}"
     # Not only what each thinks: a rank that came late finds all there, when others have given up.
-    for other, key in enumerate(gather("agreed", problem)):
-        text = store.get(key).decode()
+    for other, text in enumerate(meet(group, problem, timeout)):
         if text:
             raise ParallelError(text if other == rank else f"on rank {other}: {text}")

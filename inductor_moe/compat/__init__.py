@@ -17,6 +17,8 @@ from inductor_moe.compat.collectives import (
     name_process_group,
     process_group_named,
     store_of,
+    symmetric_memory,
+    timeout_of,
 )
 from inductor_moe.compat.compiling import (
     allow_dynamic,
@@ -109,6 +111,8 @@ __all__ = [
     "size_hint",
     "statically_true",
     "store_of",
+    "symmetric_memory",
+    "timeout_of",
     "tracing_backend_is_ours",
     "tree_leaves",
     "turn_on_dynamo_setting",
