@@ -21,6 +21,7 @@ from inductor_moe.parallel_exchange import (
 )
 from inductor_moe.parallel_heads import Sum, keep_heads, layers_to_share
 from inductor_moe.parallel_memory import share_memory
+from inductor_moe.parallel_shared import keep_channels, shared_expert_to_cut
 from inductor_moe.parallel_store import meet
 from inductor_moe.report import scaled
 
@@ -36,6 +37,7 @@ class Parallelization:
 
     modules       the experts modules that were sharded, in the model's order
     heads         the attention and delta-rule layers whose heads were, likewise
+    shared        how many shared experts were
     rank, ranks   this rank's place on the mesh, and how many share the model
     bytes_before  of the parameters and buffers of all of these as they were
     bytes_after   of what this rank keeps
@@ -43,6 +45,7 @@ class Parallelization:
 
     modules: tuple[str, ...]
     heads: tuple[str, ...]
+    shared: int
     rank: int
     ranks: int
     bytes_before: int
@@ -51,7 +54,8 @@ class Parallelization:
     def __str__(self) -> str:
         return (
             f"rank {self.rank} of {self.ranks} keeps its share of {len(self.modules)} experts "
-            f"modules and of the heads of {len(self.heads)} layers: "
+            f"modules, of {self.shared} shared experts and of the heads of {len(self.heads)} "
+            "layers: "
             f"{scaled(self.bytes_before)}B -> {scaled(self.bytes_after)}B"
         )
 
@@ -72,9 +76,13 @@ def parallelize(
     compared). Rank r of n keeps experts r * E / n to (r + 1) * E / n - 1 of each experts module of
     transformers, packed weights of `quantize_` included. The model's code stays: a hook renumbers
     the router's choices before the experts, and one all-reduce after them sums the ranks'
-    results. Routers and shared experts run on every rank, outside of that sum. With all-to-all
-    exchange each rank instead has a slice of the tokens of a MoE layer, and sends each of them to
-    the ranks of its experts.
+    results. Routers run on every rank. Shared experts of blocks that are listed in
+    `parallel_shared` are cut by their channels, and the sum is after them; others run on every
+    rank, outside of the sum. With all-to-all exchange each rank instead has a slice of the tokens
+    of a MoE layer, and sends each of them to the ranks of its experts.
+
+    Where all ranks have GPUs of one host that reach one another's memory, small sums of compiled
+    graphs go through memory that is set up for it here.
 
     The heads of attention and delta-rule layers are cut into as many parts as fit: ranks and heads
     divide by it, and key heads too or several parts keep the same one. The projection after them
@@ -115,11 +123,19 @@ def parallelize(
     _agree(group, problem, signature, timeout)
     share_memory(group, _device(model), timeout)
 
-    touched = [*(module for _, module in found), *(layer.module for layer in layers)]
+    blocks = [model.get_submodule(name.rpartition(".")[0]) for name, _ in found]
+    shared = [shared_expert_to_cut(block, ranks) for block in blocks]
+    if exchange != "all-reduce":  # a slice of the tokens needs all of it
+        shared = [None] * len(blocks)
+    touched = [
+        *(module for _, module in found),
+        *(layer.module for layer in layers),
+        *(module for module in shared if module is not None),
+    ]
     before = sum(map(_bytes, touched))
     by_name = str(group.group_name)
     chosen = Exchange(group, exchange, all_to_all_from(ranks, _top_k(model), all_to_all_tokens))
-    for name, module in found:
+    for (_, module), block, beside in zip(found, blocks, shared, strict=True):
         count = int(module.num_experts) // ranks  # type: ignore[arg-type]
         with torch.no_grad():
             _keep(module, rank * count, count)
@@ -127,15 +143,24 @@ def parallelize(
         module.sharded_over, module.exchange = ranks, exchange  # type: ignore[assignment]
         if exchange == "all-reduce":
             module.register_forward_pre_hook(routing)
-            module.register_forward_hook(Sum(by_name))
+            if beside is not None:
+                keep_channels(beside, rank, ranks)
+            summed = module if beside is None else block
+            summed.register_forward_hook(Sum(by_name))
         else:
-            block = model.get_submodule(name.rpartition(".")[0])
             sliced = block if type(block).__name__ in BLOCKS else None
             spread(module, sliced, chosen, routing, Sum(by_name))
     for layer in layers:
         keep_heads(layer, rank, by_name)
-    names = tuple(name for name, _ in found), tuple(layer.name for layer in layers)
-    return Parallelization(*names, rank, ranks, before, sum(map(_bytes, touched)))
+    return Parallelization(
+        tuple(name for name, _ in found),
+        tuple(layer.name for layer in layers),
+        sum(module is not None for module in shared),
+        rank,
+        ranks,
+        before,
+        sum(map(_bytes, touched)),
+    )
 
 
 class _Local:

@@ -5,7 +5,7 @@ if __name__ == "patterns":
         "import inductor_moe.patterns, not patterns: the folder is part of the package"
     )
 
-from inductor_moe.patterns import dequantised, merged, quant
+from inductor_moe.patterns import all_reduce, dequantised, merged, quant
 from inductor_moe.patterns.attention import decode as attention_decode
 from inductor_moe.patterns.attention import rope
 from inductor_moe.patterns.delta_rule import decode, heads, unrolled
@@ -29,6 +29,7 @@ ALL: tuple[Rewrite, ...] = (
     merged.MERGED,
     attention_decode.DECODE,
     rope.ROPE,
+    all_reduce.ALL_REDUCE,
 )
 
 __all__ = ["ALL", "Refusal", "Rewrite"]

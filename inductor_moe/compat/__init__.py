@@ -37,6 +37,7 @@ from inductor_moe.compat.compiling import (
 from inductor_moe.compat.launches import remember_launches, remembering
 from inductor_moe.compat.lowering import (
     branch,
+    compiles_package,
     fake_arguments,
     is_symbolic,
     lower_bound,
@@ -78,6 +79,7 @@ __all__ = [
     "caches_enabled",
     "clear_graph_breaks",
     "compile_fx",
+    "compiles_package",
     "compute_capability",
     "current_config",
     "fake_arguments",

@@ -52,6 +52,13 @@ def packaging() -> bool:
     return bool(getattr(V.graph, "aot_mode", False))
 
 
+def compiles_package() -> bool:
+    """Whether the graph that passes run on is for an AOTInductor package."""
+    from torch._inductor.virtualized import V
+
+    return getattr(V, "aot_compilation", False) is True
+
+
 @functools.cache
 def runs_triton_kernels(device: torch.device) -> bool:
     """Whether our kernels run on a device: CUDA, sm_80 or later, Triton installed. Warns once."""

@@ -1,4 +1,4 @@
-"""The sum over ranks in shared memory: one rank at a time, its peers' words already in its slots."""
+"""The sum over ranks in shared memory, one rank at a time, its peers' words already there."""
 
 from __future__ import annotations
 
