@@ -9,7 +9,16 @@ from inductor_moe.patterns import all_reduce, dequantised, merged, quant
 from inductor_moe.patterns.attention import decode as attention_decode
 from inductor_moe.patterns.attention import rope
 from inductor_moe.patterns.delta_rule import decode, heads, unrolled
-from inductor_moe.patterns.moe import called, dense, experts, gate, gathered, router, shared
+from inductor_moe.patterns.moe import (
+    called,
+    dense,
+    experts,
+    gate,
+    gathered,
+    local,
+    router,
+    shared,
+)
 from inductor_moe.patterns.rewrite import Refusal, Rewrite
 
 ALL: tuple[Rewrite, ...] = (
@@ -26,6 +35,7 @@ ALL: tuple[Rewrite, ...] = (
     quant.LINEAR,
     dequantised.DEQUANTISED,
     gate.GATE,
+    local.LOCAL,
     merged.MERGED,
     attention_decode.DECODE,
     rope.ROPE,

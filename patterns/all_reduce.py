@@ -64,6 +64,7 @@ def replace(graph: fx.Graph, site: SumSite) -> fx.Node:
     with graph.inserting_before(site.output):
         output = call(graph, all_reduce._opoverload, site.x, site.group_name, like=site.output)
     site.output.replace_all_uses_with(output)
+    graph.erase_node(site.output)  # a wait counts as an effect, and would keep the sum
     return output
 
 

@@ -325,11 +325,14 @@ def described(gm):
         "sent": names.count("inductor_moe.exchange_rows.default"),
         "gathered": names.count("_c10d_functional.all_gather_into_tensor.default"),
         "masked": sum(
-            node.args[IDS[str(node.target)]].target is aten.where.self
-            for node in calls
-            if str(node.target) in IDS
+            is_local(node.args[IDS[str(node.target)]]) for node in calls if str(node.target) in IDS
         ),
     }
+
+
+def is_local(ids):
+    """Whether a rank's ids are masked, or come from a router that numbers them itself."""
+    return ids.target is aten.where.self or bool(ids.args[0].kwargs.get("own"))
 
 
 def check(found, world, collectives=False, slack=2.0):

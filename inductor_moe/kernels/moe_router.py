@@ -49,6 +49,8 @@ def moe_router_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    FIRST: tl.constexpr,
+    OWN: tl.constexpr,
 ):
     row = tl.program_id(0)
     h = tl.arange(0, BLOCK_H)
@@ -79,5 +81,5 @@ def moe_router_kernel(
         choose_experts(
             logits, bias, weights, ids, 1, stride_bias,
             E, K, SCORING, NORMALISE, EPSILON, FLOOR, SCALE, HAS_BIAS,
-            GROUPS, KEPT_GROUPS, GROUP_TOP, BLOCK_G, BLOCK_S, BLOCK_K,
+            GROUPS, KEPT_GROUPS, GROUP_TOP, BLOCK_G, BLOCK_S, BLOCK_K, FIRST, OWN,
         )  # fmt: skip

@@ -100,8 +100,7 @@ def all_reduce(x: Tensor, group_name: str) -> Tensor:
     launch, and with it the process's CUDA context, in an error. Everything else is the group's own
     all-reduce.
     """
-    reason = why_not(x, group_name)
-    if reason is None and x.data_ptr() % 4 == 0:
+    if x.is_cuda and why_not(x, group_name) is None and x.data_ptr() % 4 == 0:
         return all_reduce_cuda(x.contiguous(), _shared[group_name])
     found = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(found, group=compat.process_group_named(group_name))
