@@ -17,46 +17,37 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# One line each: Inductor puts a kernel's constants into a string of its own.
 # $1 address, $2 data, $3 epoch, $4 whether there is such a word
-SEND: tl.constexpr = tl.constexpr("""{
-.reg .pred active;
-.reg .b64 word;
-setp.ne.b32 active, $4, 0;
-mov.b64 word, {$2, $3};
-@active st.relaxed.sys.global.b64 [$1], word;
-mov.b32 $0, 0;
-}""")
-
+SEND: tl.constexpr = tl.constexpr(
+    "{ .reg .pred active; .reg .b64 word; "
+    "setp.ne.b32 active, $4, 0; "
+    "mov.b64 word, {$2, $3}; "
+    "@active st.relaxed.sys.global.b64 [$1], word; "
+    "mov.b32 $0, 0; }"
+)
 # $1 address, $2 epoch, $3 whether there is such a word, $4 nanoseconds; $0 its data
-RECEIVE: tl.constexpr = tl.constexpr("""{
-.reg .pred done;
-.reg .pred late;
-.reg .b64 word;
-.reg .b32 data;
-.reg .b32 flag;
-.reg .u64 start;
-.reg .u64 now;
-mov.b32 data, 0;
-setp.eq.b32 done, $3, 0;
-@done bra FOUND;
-ld.relaxed.sys.global.b64 word, [$1];
-mov.b64 {data, flag}, word;
-setp.eq.b32 done, flag, $2;
-@done bra FOUND;
-mov.u64 start, %globaltimer;
-WAIT:
-ld.relaxed.sys.global.b64 word, [$1];
-mov.b64 {data, flag}, word;
-setp.eq.b32 done, flag, $2;
-@done bra FOUND;
-mov.u64 now, %globaltimer;
-sub.u64 now, now, start;
-setp.gt.u64 late, now, $4;
-@!late bra WAIT;
-trap;
-FOUND:
-mov.b32 $0, data;
-}""")
+RECEIVE: tl.constexpr = tl.constexpr(
+    "{ .reg .pred done, late; .reg .b64 word; .reg .b32 data, flag; .reg .u64 start, now; "
+    "mov.b32 data, 0; "
+    "setp.eq.b32 done, $3, 0; "
+    "@done bra FOUND; "
+    "ld.relaxed.sys.global.b64 word, [$1]; "
+    "mov.b64 {data, flag}, word; "
+    "setp.eq.b32 done, flag, $2; "
+    "@done bra FOUND; "
+    "mov.u64 start, %globaltimer; "
+    "WAIT: ld.relaxed.sys.global.b64 word, [$1]; "
+    "mov.b64 {data, flag}, word; "
+    "setp.eq.b32 done, flag, $2; "
+    "@done bra FOUND; "
+    "mov.u64 now, %globaltimer; "
+    "sub.u64 now, now, start; "
+    "setp.gt.u64 late, now, $4; "
+    "@!late bra WAIT; "
+    "trap; "
+    "FOUND: mov.b32 $0, data; }"
+)
 
 
 @triton.jit

@@ -27,11 +27,11 @@ def execute(assembly: str, operands: dict[str, int], clock: Any) -> int:
     body = assembly.strip().removeprefix("{").removesuffix("}")
     labels: dict[str, int] = {}
     statements: list[str] = []
-    for part in re.split(r"[;\n]", body):
-        text = part.strip()
-        if text.endswith(":"):
-            labels[text[:-1]] = len(statements)
-        elif text and not text.startswith(".reg"):
+    for part in body.split(";"):
+        label, text = re.fullmatch(r"\s*(?:(\w+):)?\s*(.*?)\s*", part, re.DOTALL).groups()
+        if label:
+            labels[label] = len(statements)
+        if text and not text.startswith(".reg"):
             statements.append(text)
     registers: dict[str, Any] = dict(operands)
     at = 0
