@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import datetime
 import itertools
 
@@ -10,7 +11,10 @@ import torch.distributed as dist
 from inductor_moe import compat
 from inductor_moe.errors import ParallelError
 
-_meetings = itertools.count()
+# Of each group by itself: ranks may have met in others more or less often.
+_meetings: collections.defaultdict[str, itertools.count[int]] = collections.defaultdict(
+    itertools.count
+)
 
 
 def meet(group: dist.ProcessGroup, text: str, timeout: float) -> list[str]:
@@ -19,7 +23,8 @@ def meet(group: dist.ProcessGroup, text: str, timeout: float) -> list[str]:
     Raises ParallelError that names the ranks that did not arrive within `timeout` seconds.
     """
     store, rank = compat.store_of(group), dist.get_rank(group)
-    place = f"inductor_moe/{group.group_name}/{next(_meetings)}"
+    name = str(group.group_name)
+    place = f"inductor_moe/{name}/{next(_meetings[name])}"
     keys = [f"{place}/{other}" for other in range(dist.get_world_size(group))]
     store.set(keys[rank], text)
     try:

@@ -217,6 +217,7 @@ def shards_program(rank, world, names, compiled=False):
                 "saved": [done.bytes_before - done.bytes_after, held - bytes_of(model)],
                 "modules": done.modules,
                 "heads": done.heads,
+                "shared": done.shared,
                 "text": str(done),
                 "rank": done.rank,
                 "layers": [fused_layers(report) for report in reports],

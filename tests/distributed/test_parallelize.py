@@ -40,6 +40,9 @@ HEADS = {
 }
 
 
+SHARED = ("qwen2_moe", "qwen3_5_moe_text", "deepseek_v3")
+
+
 @pytest.mark.parametrize(
     "families, world, compiled",
     [
@@ -68,6 +71,9 @@ def test_every_rank_keeps_its_share(tmp_path, families, world, compiled):
             assert result["modules"] == [f"model.layers.{i}.mlp.experts" for i in range(2)]
             heads = [] if name.endswith("alone") else HEADS[name.split()[0]]
             assert [text.split(".")[-1] for text in result["heads"]] == heads
+            # Groups of 16 of the 24 channels are not cut.
+            cut = name.split()[0] in SHARED and not name.endswith("int4")
+            assert result["shared"] == (2 if cut else 0)
             assert result["rank"] == rank
             assert result["text"].startswith(f"rank {rank} of {world} keeps its share of 2 ")
             if compiled:
