@@ -32,7 +32,7 @@ from inductor_moe.compat.compiling import (
     tracing_backend_is_ours,
     turn_on_dynamo_setting,
 )
-from inductor_moe.compat.launches import remember_launches, remembering
+from inductor_moe.compat.launches import launch_dependently, remember_launches, remembering
 from inductor_moe.compat.lowering import (
     branch,
     fake_arguments,
@@ -88,6 +88,7 @@ __all__ = [
     "is_python_op",
     "is_symbolic",
     "keep_matmuls",
+    "launch_dependently",
     "load_method",
     "lower_bound",
     "lower_by_tracing",

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from inductor_moe.kernels.dependent import wait_for_inputs
+
 
 @triton.jit
 def _kept(mask, position, length, stride, MASK: tl.constexpr):
@@ -58,6 +60,7 @@ def attention_decode_kernel(
     BLOCK_DV: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    wait_for_inputs()
     GROUP_BLOCKS: tl.constexpr = (G + BLOCK_G - 1) // BLOCK_G
     SCANNED: tl.constexpr = 1024 // BLOCK_L
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -148,6 +151,7 @@ def attention_combine_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
+    wait_for_inputs()
     LOG2E: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
     e = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)

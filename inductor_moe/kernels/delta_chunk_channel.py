@@ -31,6 +31,7 @@ from inductor_moe.kernels.delta_launch import (
     strides,
     traced,
 )
+from inductor_moe.kernels.dependent import wait_for_inputs
 
 
 @triton.jit
@@ -98,6 +99,7 @@ def delta_channel_intra_kernel(
     NORMALIZE: tl.constexpr, VARLEN: tl.constexpr,
     SHORT_SOLVE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs()
     head = tl.program_id(0)
     slot = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -177,6 +179,7 @@ def delta_channel_scan_kernel(
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
     HAS_STATE: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs()
     head = tl.program_id(1)
     sequence = tl.program_id(2).to(tl.int64)
     dk = tl.arange(0, BLOCK_K)

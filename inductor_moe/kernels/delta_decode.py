@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from inductor_moe.kernels.delta_launch import Tile, inner_contiguous, padded, strides, traced
+from inductor_moe.kernels.dependent import prefetch_lines, wait_for_inputs
 
 
 @triton.jit
@@ -116,6 +117,10 @@ def delta_decode_kernel(
         dv = (block * BLOCK_V + column) % V
     inside = block * BLOCK_V + column < GROUP * V
     in_head = None if ONE_HEAD else inside
+    if ONE_HEAD and not SLOTS:
+        rows = batch * state_b + tl.minimum(dk, K - 1) * state_k + head * state_h
+        prefetch_lines(state + rows + block % (V // BLOCK_V) * BLOCK_V)
+    wait_for_inputs()
     out += batch * out_b + head * out_h + dv
     slot = batch
     if SLOTS:
@@ -220,6 +225,7 @@ def delta_decode_tail_kernel(
     SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Norm of one value head, and the shift of BLOCK_C channels."""
+    wait_for_inputs()
     head = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     if NORM:
