@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import re
 import statistics
@@ -332,6 +333,8 @@ def export(given: argparse.Namespace, device: str) -> dict[str, Any]:
     """Make the package; seconds, in all and by phase of the compiler."""
     from torch._dynamo.utils import compilation_time_metrics
 
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.getLogger("inductor_moe").setLevel(logging.INFO)
     model = models.build(given.model, given.quant, device, given.layers)
     start = time.perf_counter()
     options = {"aot_inductor.compile_wrapper_opt_level": given.wrapper_opt}
@@ -352,6 +355,7 @@ def measure(given: argparse.Namespace, build: Path) -> int:
     found: dict[str, Any] = {
         "benchmark": "full_size_package", "model": f"{given.model} {given.quant}",
         "layers": given.layers, "prompt": given.prompt, "steps": given.steps,
+        "wrapper_opt": given.wrapper_opt,
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "versions": results.versions(), "commit": results.commit(), "cpus": os.cpu_count(),
     }  # fmt: skip
