@@ -35,6 +35,7 @@ from inductor_moe.compat.compiling import (
 from inductor_moe.compat.launches import launch_dependently, remember_launches, remembering
 from inductor_moe.compat.lowering import (
     branch,
+    calls_grouped_mm,
     fake_arguments,
     is_symbolic,
     lower_bound,
@@ -74,6 +75,7 @@ __all__ = [
     "branch",
     "cache_folder",
     "caches_enabled",
+    "calls_grouped_mm",
     "clear_graph_breaks",
     "compile_fx",
     "compute_capability",

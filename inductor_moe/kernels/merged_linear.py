@@ -30,7 +30,6 @@ def dense_rows(
     b2 = b1 + tl.cdiv(m2, BLOCK_D)
     rows = pick(block, b0, b1, b2, m0, m1, m2, m3)
     w = pick(block, b0, b1, b2, d0, d1, d2, d3)
-    out += pick(block, b0, b1, b2, 0, m0, m0 + m1, m0 + m1 + m2)
     first = (block - pick(block, b0, b1, b2, 0, b0, b1, b2)) * BLOCK_D
     prefetch(w + first.to(tl.int64) * k_dim, tl.minimum(rows - first, BLOCK_D) * k_dim)
     wait_for_inputs()
@@ -43,6 +42,7 @@ def dense_rows(
         weight = tl.load(w_ptrs + start, mask=(row < rows)[:, None] & inside[None, :], other=0.0)
         value = tl.load(x + start + k, mask=inside, other=0.0)
         total += tl.sum(weight.to(tl.float32) * value.to(tl.float32)[None, :], 1)
+    out += pick(block, b0, b1, b2, 0, m0, m0 + m1, m0 + m1 + m2)
     tl.store(out + row, total.to(out.dtype.element_ty), mask=row < rows)
 
 
