@@ -25,7 +25,7 @@ class Options:
     int8_activations  in calls of many tokens, multiply int4 weights with activations that are
              rounded to int8 for each token and group (W4A8)
     dependent_launch  on GPUs of compute capability 9.0 and later, place a kernel's programs while
-             the kernel before it ends, and fetch their weights (programmatic dependent launch)
+             the kernel before it ends (programmatic dependent launch)
     """
 
     strict: bool = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from inductor_moe.kernels.dependent import prefetch, wait_for_inputs
+from inductor_moe.kernels.dependent import wait_for_inputs
 from inductor_moe.kernels.quant_decode import COLUMNS, parts_dot
 
 
@@ -30,10 +30,7 @@ def dense_rows(
     b2 = b1 + tl.cdiv(m2, BLOCK_D)
     rows = pick(block, b0, b1, b2, m0, m1, m2, m3)
     w = pick(block, b0, b1, b2, d0, d1, d2, d3)
-    first = (block - pick(block, b0, b1, b2, 0, b0, b1, b2)) * BLOCK_D
-    prefetch(w + first.to(tl.int64) * k_dim, tl.minimum(rows - first, BLOCK_D) * k_dim)
-    wait_for_inputs()
-    row = first + tl.arange(0, BLOCK_D)
+    row = (block - pick(block, b0, b1, b2, 0, b0, b1, b2)) * BLOCK_D + tl.arange(0, BLOCK_D)
     k = tl.arange(0, DENSE_K)
     w_ptrs = w + row.to(tl.int64)[:, None] * k_dim + k[None, :]
     total = tl.zeros((BLOCK_D,), tl.float32)
@@ -63,10 +60,6 @@ def packed_rows(
     scales = pick(block, e0, e1, e2, s0, s1, s2, s3)
     zeros = pick(block, e0, e1, e2, z0, z1, z2, z3)
     out += pick(block, e0, e1, e2, 0, n0, n0 + n1, n0 + n1 + n2)
-    held = tl.minimum(rows - first, BLOCK_N)
-    prefetch(w + first.to(tl.int64) * row_words, held * row_words)
-    prefetch(scales + first.to(tl.int64) * groups, held * groups)
-    wait_for_inputs()
     WIDTH: tl.constexpr = 4 if BITS == 4 else 1
     r = tl.arange(0, PARTS * BLOCK_N)
     row = (first + r % BLOCK_N).to(tl.int64)
@@ -112,6 +105,7 @@ def merged_linear_kernel(
     BLOCK_D: tl.constexpr,  # dense rows of a program
     DENSE_K: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs()
     block = tl.program_id(0)
     token = tl.program_id(1).to(tl.int64)
     x += token * stride_x

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from inductor_moe.kernels.dependent import DEPENDENT, prefetch, wait_for_inputs
+from inductor_moe.kernels.dependent import wait_for_inputs
 from inductor_moe.kernels.moe_activation import (
     gated_activation_tile,
     shared_rows,
@@ -141,19 +141,11 @@ def moe_down_decode_kernel(
     BLOCK_K: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
+    wait_for_inputs()
     row = tl.program_id(0)
     token = row // SPLIT
     part = row % SPLIT
-    n_first = tl.program_id(1) * BLOCK_N
-    if DEPENDENT and W_INNER == "k":
-        # The kernel before this one reads the ids, too. Were they another's, a row is a row.
-        span = (tl.minimum(hidden - n_first, BLOCK_N) - 1) * stride_wh + inner
-        for slot in tl.range(part, TOP_K, SPLIT):
-            known = tl.load(ids + token * stride_it + slot * stride_ik, cache_modifier=".cg")
-            known = tl.where((known >= 0) & (known < experts), known, 0).to(tl.int64)
-            prefetch(w_down + known * stride_we + n_first * stride_wh, span)
-    wait_for_inputs()
-    n = n_first + tl.arange(0, BLOCK_N)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = n < hidden
     k_blocks = tl.cdiv(inner, BLOCK_K)
 

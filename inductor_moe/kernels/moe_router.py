@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from inductor_moe.kernels.dependent import prefetch, wait_for_inputs
+from inductor_moe.kernels.dependent import wait_for_inputs
 from inductor_moe.kernels.moe_route import choose_experts
 
 
@@ -51,14 +51,13 @@ def moe_router_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_inputs()
     row = tl.program_id(0)
     h = tl.arange(0, BLOCK_H)
     inside = h < HIDDEN
     weight_row = router + row.to(tl.int64) * HIDDEN
     if HAS_GATE:
         weight_row = tl.where(row < E, weight_row, gate)
-    prefetch(weight_row, HIDDEN)
-    wait_for_inputs()
     weight = tl.load(weight_row + h, mask=inside, other=0.0)
     value = tl.load(x + h, mask=inside, other=0.0)
     if HAS_RESIDUAL:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from inductor_moe.kernels.dependent import DEPENDENT, prefetch, wait_for_inputs
+from inductor_moe.kernels.dependent import wait_for_inputs
 from inductor_moe.kernels.moe_activation import gated_activation_tile, shared_rows, up_rows
 from inductor_moe.kernels.quant_dot import code_columns, packed_dot
 
@@ -123,14 +123,9 @@ def quantized_up_decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_inputs()
     pair = tl.program_id(0)
     block = tl.program_id(1)
-    if not HAS_IDS and GATE == "none":
-        first = block * BLOCK_N
-        held = tl.minimum(inner - first, BLOCK_N)
-        prefetch(w + first.to(tl.int64) * row_words, held * row_words)
-        prefetch(scales + first.to(tl.int64) * groups, held * groups)
-    wait_for_inputs()
     token = pair // (TOP_K + SHARED)
     slot = pair % (TOP_K + SHARED)
     routed = slot < TOP_K
@@ -249,21 +244,9 @@ def quantized_down_decode_kernel(
     BLOCK_K: tl.constexpr,
     SHARED_K: tl.constexpr,  # BLOCK_K of the shared expert
 ):
+    wait_for_inputs()
     token = tl.program_id(0)
     n_first = tl.program_id(1) * BLOCK_N
-    held = tl.minimum(hidden - n_first, BLOCK_N)
-    if SHARED:
-        prefetch(down_w + n_first.to(tl.int64) * shared_words, held * shared_words)
-        prefetch(down_scales + n_first.to(tl.int64) * shared_groups, held * shared_groups)
-    if DEPENDENT:
-        # The kernel before this one reads the ids, too. Were they another's, a row is a row.
-        for early in tl.static_range(0, TOP_K):
-            known = tl.load(ids + token * stride_it + early * stride_ik, cache_modifier=".cg")
-            known = tl.where((known >= 0) & (known < experts), known, 0)
-            row_first = known.to(tl.int64) * hidden + n_first
-            prefetch(w + row_first * row_words, held * row_words)
-            prefetch(scales + row_first * groups, held * groups)
-    wait_for_inputs()
     SPLIT: tl.constexpr = PARTS // SLOTS
     WIDTH: tl.constexpr = 4 if BITS == 4 else 1
     r = tl.arange(0, PARTS * BLOCK_N)

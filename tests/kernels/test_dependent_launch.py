@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from delta_inputs import decode_inputs
 from kernels.generated import Drawn, source
 from kernels.test_dispatch_source import packed_experts
 from kernels.test_inductor_source import KERNELS
-from kernels.test_moe_offline_compile import H100, local_memory, record
+from kernels.test_moe_offline_compile import H100, Recorder, local_memory, record
 from kernels.test_quant_offline_compile import (
     SCHEMES,
     record_experts,
@@ -28,6 +29,7 @@ from triton.compiler import ASTSource, compile
 from inductor_moe.compat import launches
 from inductor_moe.compat.launches import DEPENDENT, PLAIN
 from inductor_moe.config import Options
+from inductor_moe.kernels import delta_decode
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1" or sys.platform != "linux",
@@ -97,8 +99,10 @@ def dependent(kernel, folder):
     return getattr(module, name)
 
 
-def launches_of_a_decode_step():
+def launches_of_a_decode_step(monkeypatch):
     launches = {}
+    monkeypatch.setattr(delta_decode, "traced", Recorder(launches))
+    delta_decode.delta_decode(*decode_inputs())
     record("qwen3_5", 1, H100, launches)
     for found in (
         record_experts(SCHEMES["int4"], 1, H100),
@@ -110,31 +114,23 @@ def launches_of_a_decode_step():
 
 
 @pytest.mark.parametrize("capability", [90, 100])
-def test_dependent_kernels_compile_without_spills(capability, tmp_path):
-    fetching = set()
-    for name, (made, options) in launches_of_a_decode_step().items():
+def test_dependent_kernels_compile_without_spills(capability, tmp_path, monkeypatch):
+    found = launches_of_a_decode_step(monkeypatch)
+    for name, (made, options) in found.items():
         again = ASTSource(dependent(made.fn, tmp_path), made.signature, made.constants, made.attrs)
         kernel = compile(again, target=GPUTarget("cuda", capability, 32), options=options)
         assert local_memory(kernel.asm["cubin"]) == 0, name
         text = kernel.asm["ptx"]
-        wait, trigger = (
-            text.index(f"griddepcontrol.{what}") for what in ("wait", "launch_dependents")
-        )
-        assert wait < trigger, name
-        # Nothing is written, and only ids are read, before what earlier kernels wrote is there.
-        early = text[:wait]
-        assert "st.global" not in early and "atom." not in early, name
-        loads = re.findall(r"\bld\.global\S*", early)
-        assert not loads or name.endswith("down_decode_kernel"), (name, loads)
-        assert all(".cg" in load for load in loads), loads
-        if "cp.async.bulk.prefetch.L2" in early:
-            fetching.add(name)
-    assert fetching == {
-        "quantized_up_decode_kernel", "quantized_down_decode_kernel", "merged_linear_kernel",
-        "moe_down_decode_kernel",
-    }  # fmt: skip
+        early, wait, late = text.partition("griddepcontrol.wait")
+        assert wait, name
+        # Nothing is read or written before what earlier kernels wrote is there.
+        assert not re.search(r"\b(ld|st|atom|red)\.global|cp\.async", early), name
+        assert ("prefetch.global.L2" in early) == (name == "delta_decode_kernel")
+        assert ("griddepcontrol.launch_dependents" in late) == name.startswith("delta_decode")
+        assert "griddepcontrol.launch_dependents" not in early
+    assert {"delta_decode_kernel", "merged_linear_kernel", "moe_up_decode_kernel"} < set(found)
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_kernel_waits_for_its_inputs(name):
-    assert KERNELS[name].src.count("wait_for_inputs()") + (name == "merged_linear_kernel") == 1
+    assert KERNELS[name].src.count("wait_for_inputs()") == 1
