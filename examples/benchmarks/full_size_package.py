@@ -17,7 +17,7 @@ medians over the positions of each quarter of the steps.
 A package that is there already is used again, and `--phases` chooses what is done; the JSON is
 written after each phase. Exit status 1 if the runners' tokens differ, if a value is not finite, if
 the package or the compiled model is further from fp32 than twice eager bf16 in any quarter, or
-its tokens are less likely than those of eager bf16 by as much, or if the loaded package takes over
+its tokens are less likely in fp32 than rounding explains, or if the loaded package takes over
 10 % more memory than its weights and states.
 """
 
