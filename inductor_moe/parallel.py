@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import itertools
 import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -13,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from inductor_moe import compat
 from inductor_moe.errors import ParallelError
 from inductor_moe.parallel_exchange import (
     BLOCKS,
@@ -23,12 +20,14 @@ from inductor_moe.parallel_exchange import (
     spread,
 )
 from inductor_moe.parallel_heads import Sum, keep_heads, layers_to_share
+from inductor_moe.parallel_memory import share_memory
+from inductor_moe.parallel_shared import keep_channels, shared_expert_to_cut
+from inductor_moe.parallel_store import meet
 from inductor_moe.report import scaled
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-_calls = itertools.count()
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "inductor_moe")
 
 
@@ -38,6 +37,7 @@ class Parallelization:
 
     modules       the experts modules that were sharded, in the model's order
     heads         the attention and delta-rule layers whose heads were, likewise
+    shared        how many shared experts were
     rank, ranks   this rank's place on the mesh, and how many share the model
     bytes_before  of the parameters and buffers of all of these as they were
     bytes_after   of what this rank keeps
@@ -45,6 +45,7 @@ class Parallelization:
 
     modules: tuple[str, ...]
     heads: tuple[str, ...]
+    shared: int
     rank: int
     ranks: int
     bytes_before: int
@@ -53,7 +54,8 @@ class Parallelization:
     def __str__(self) -> str:
         return (
             f"rank {self.rank} of {self.ranks} keeps its share of {len(self.modules)} experts "
-            f"modules and of the heads of {len(self.heads)} layers: "
+            f"modules, of {self.shared} shared experts and of the heads of {len(self.heads)} "
+            "layers: "
             f"{scaled(self.bytes_before)}B -> {scaled(self.bytes_after)}B"
         )
 
@@ -74,9 +76,13 @@ def parallelize(
     compared). Rank r of n keeps experts r * E / n to (r + 1) * E / n - 1 of each experts module of
     transformers, packed weights of `quantize_` included. The model's code stays: a hook renumbers
     the router's choices before the experts, and one all-reduce after them sums the ranks'
-    results. Routers and shared experts run on every rank, outside of that sum. With all-to-all
-    exchange each rank instead has a slice of the tokens of a MoE layer, and sends each of them to
-    the ranks of its experts.
+    results. Routers run on every rank. Shared experts of blocks that are listed in
+    `parallel_shared` are cut by their channels, and the sum is after them; others run on every
+    rank, outside of the sum. With all-to-all exchange each rank instead has a slice of the tokens
+    of a MoE layer, and sends each of them to the ranks of its experts.
+
+    Where all ranks have GPUs of one host that reach one another's memory, small sums of compiled
+    graphs go through memory that is set up for it here.
 
     The heads of attention and delta-rule layers are cut into as many parts as fit: ranks and heads
     divide by it, and key heads too or several parts keep the same one. The projection after them
@@ -115,12 +121,21 @@ def parallelize(
     except ParallelError as error:
         problem = str(error)
     _agree(group, problem, signature, timeout)
+    share_memory(group, _device(model), timeout)
 
-    touched = [*(module for _, module in found), *(layer.module for layer in layers)]
+    blocks = [model.get_submodule(name.rpartition(".")[0]) for name, _ in found]
+    shared = [shared_expert_to_cut(block, ranks) for block in blocks]
+    if exchange != "all-reduce":  # a slice of the tokens needs all of it
+        shared = [None] * len(blocks)
+    touched = [
+        *(module for _, module in found),
+        *(layer.module for layer in layers),
+        *(module for module in shared if module is not None),
+    ]
     before = sum(map(_bytes, touched))
     by_name = str(group.group_name)
     chosen = Exchange(group, exchange, all_to_all_from(ranks, _top_k(model), all_to_all_tokens))
-    for name, module in found:
+    for (_, module), block, beside in zip(found, blocks, shared, strict=True):
         count = int(module.num_experts) // ranks  # type: ignore[arg-type]
         with torch.no_grad():
             _keep(module, rank * count, count)
@@ -128,15 +143,24 @@ def parallelize(
         module.sharded_over, module.exchange = ranks, exchange  # type: ignore[assignment]
         if exchange == "all-reduce":
             module.register_forward_pre_hook(routing)
-            module.register_forward_hook(Sum(by_name))
+            if beside is not None:
+                keep_channels(beside, rank, ranks)
+            summed = module if beside is None else block
+            summed.register_forward_hook(Sum(by_name))
         else:
-            block = model.get_submodule(name.rpartition(".")[0])
             sliced = block if type(block).__name__ in BLOCKS else None
             spread(module, sliced, chosen, routing, Sum(by_name))
     for layer in layers:
         keep_heads(layer, rank, by_name)
-    names = tuple(name for name, _ in found), tuple(layer.name for layer in layers)
-    return Parallelization(*names, rank, ranks, before, sum(map(_bytes, touched)))
+    return Parallelization(
+        tuple(name for name, _ in found),
+        tuple(layer.name for layer in layers),
+        sum(module is not None for module in shared),
+        rank,
+        ranks,
+        before,
+        sum(map(_bytes, touched)),
+    )
 
 
 class _Local:
@@ -185,6 +209,10 @@ def _one_dimension(mesh: DeviceMesh, dim: str | None) -> DeviceMesh:
     if mesh.get_coordinate() is None:
         raise ParallelError(f"parallelize: rank {dist.get_rank()} is not on the mesh {mesh}")
     return mesh
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(iter((*model.parameters(), *model.buffers()))).device
 
 
 def _top_k(model: Any) -> int:
@@ -295,31 +323,14 @@ def _agree(group: dist.ProcessGroup, problem: str, signature: list[str], timeout
 
     By the group's store, not by a collective: its waits end in time whatever the backend.
     """
-    store, rank = compat.store_of(group), dist.get_rank(group)
-    place = f"inductor_moe/parallelize/{group.group_name}/{next(_calls)}"
-
-    def gather(step: str, text: str) -> list[str]:
-        """The keys of all ranks' texts, once they are all there."""
-        keys = [f"{place}/{step}/{other}" for other in range(dist.get_world_size(group))]
-        store.set(keys[rank], text)
-        try:
-            store.wait(keys, datetime.timedelta(seconds=timeout))
-        except RuntimeError as error:
-            absent = [str(other) for other, key in enumerate(keys) if not store.check([key])]
-            raise ParallelError(
-                f"parallelize: not every rank arrived within {timeout:g} s: rank {rank} waited "
-                f"for {', '.join(absent) or 'one that came too late'}"
-            ) from error
-        return keys
-
-    first = json.loads(store.get(gather("arrived", json.dumps(signature))[0]))
+    rank = dist.get_rank(group)
+    first = json.loads(meet(group, json.dumps(signature), timeout)[0])
     if not problem and first != signature:
         pairs = zip(first, signature, strict=False)
         counts = f"{len(first)} and {len(signature)} tensors"
         where = next((f"{a} and {b}" for a, b in pairs if a != b), counts)
         problem = f"parallelize: the models of ranks 0 and {rank} differ: {where}"
     # Not only what each thinks: a rank that came late finds all there, when others have given up.
-    for other, key in enumerate(gather("agreed", problem)):
-        text = store.get(key).decode()
+    for other, text in enumerate(meet(group, problem, timeout)):
         if text:
             raise ParallelError(text if other == rank else f"on rank {other}: {text}")

@@ -117,7 +117,7 @@ def shard_heads(layer: HeadsLayer, part: int) -> None:
     first_key = part * layer.keys // layer.shards
     cut = _cut_attention if _is_attention(layer.module) else _cut_delta
     with torch.no_grad():
-        _keep_columns(layer.output, part, layer.output.in_features // layer.shards)
+        keep_columns(layer.output, part, layer.output.in_features // layer.shards)
         cut(layer, heads, range(first_key, first_key + keys))
 
 
@@ -141,30 +141,30 @@ def _heads_of(module: Any) -> tuple[int, int] | None:
 def _cut_attention(layer: HeadsLayer, heads: range, keys: range) -> None:
     module: Any = layer.module
     # Of a gated layer a head's rows are those of its query and then those of its gate.
-    _keep_rows(module.q_proj, _rows(heads, module.q_proj.out_features // layer.heads))
+    keep_rows(module.q_proj, rows_of(heads, module.q_proj.out_features // layer.heads))
     for projection in (module.k_proj, module.v_proj):
-        _keep_rows(projection, _rows(keys, module.head_dim))
+        keep_rows(projection, rows_of(keys, module.head_dim))
     if isinstance(getattr(module, "sinks", None), nn.Parameter):
-        module.sinks = _parameter(module.sinks, _rows(heads, 1))
+        module.sinks = _parameter(module.sinks, rows_of(heads, 1))
     module.num_key_value_groups = len(heads) // len(keys)
 
 
 def _cut_delta(layer: HeadsLayer, heads: range, keys: range) -> None:
     module: Any = layer.module
     key, value = module.head_k_dim, module.head_v_dim
-    queries_and_keys = [_rows(keys, key), _rows(keys, key, module.key_dim)]
-    mixed = torch.cat([*queries_and_keys, _rows(heads, value, 2 * module.key_dim)])
+    queries_and_keys = [rows_of(keys, key), rows_of(keys, key, module.key_dim)]
+    mixed = torch.cat([*queries_and_keys, rows_of(heads, value, 2 * module.key_dim)])
     if hasattr(module, "in_proj_qkvz"):
-        _keep_rows(module.in_proj_qkvz, _interleaved(layer, heads, keys, [key, key], value))
-        _keep_rows(module.in_proj_ba, _interleaved(layer, heads, keys, [], 1))
+        keep_rows(module.in_proj_qkvz, _interleaved(layer, heads, keys, [key, key], value))
+        keep_rows(module.in_proj_ba, _interleaved(layer, heads, keys, [], 1))
     else:
-        _keep_rows(module.in_proj_qkv, mixed)
-        _keep_rows(module.in_proj_z, _rows(heads, value))
+        keep_rows(module.in_proj_qkv, mixed)
+        keep_rows(module.in_proj_z, rows_of(heads, value))
         for projection in (module.in_proj_b, module.in_proj_a):
-            _keep_rows(projection, _rows(heads, 1))
-    _keep_rows(module.conv1d, mixed)
-    module.dt_bias = _parameter(module.dt_bias, _rows(heads, 1))
-    module.A_log = _parameter(module.A_log, _rows(heads, 1))
+            keep_rows(projection, rows_of(heads, 1))
+    keep_rows(module.conv1d, mixed)
+    module.dt_bias = _parameter(module.dt_bias, rows_of(heads, 1))
+    module.A_log = _parameter(module.A_log, rows_of(heads, 1))
     module.num_v_heads, module.num_k_heads = len(heads), len(keys)
     module.key_dim, module.value_dim = len(keys) * key, len(heads) * value
     module.conv_dim = module.conv1d.groups = 2 * module.key_dim + module.value_dim
@@ -187,16 +187,16 @@ def _interleaved(
         start = key * stride
         rows.append(torch.arange(start, start + sum(before)))
         start += sum(before)
-        rows += [_rows(inside, value, start), _rows(inside, value, start + served * value)]
+        rows += [rows_of(inside, value, start), rows_of(inside, value, start + served * value)]
     return torch.cat(rows)
 
 
-def _rows(heads: range, width: int, first: int = 0) -> Tensor:
+def rows_of(heads: range, width: int, first: int = 0) -> Tensor:
     """The rows of heads of `width` rows each, the first head's starting at `first`."""
     return torch.arange(first + heads.start * width, first + heads.stop * width)
 
 
-def _keep_rows(module: Any, rows: Tensor) -> None:
+def keep_rows(module: Any, rows: Tensor) -> None:
     """Keep rows of a linear layer or of a convolution by channel."""
     slot = slot_of(module, "weight")
     if slot is not None:
@@ -210,7 +210,7 @@ def _keep_rows(module: Any, rows: Tensor) -> None:
         module.in_channels = module.out_channels = len(rows)
 
 
-def _keep_columns(module: Any, part: int, count: int) -> None:
+def keep_columns(module: Any, part: int, count: int) -> None:
     slot = slot_of(module, "weight")
     if slot is not None:
         keep_packed_columns(module, slot, part, count)

@@ -21,7 +21,9 @@ from inductor_moe.capture.canonical import canonicalise
 from inductor_moe.config import Options
 from inductor_moe.costs import Costs, costs_of, joined_calls
 from inductor_moe.errors import RewriteFailedWarning, StrictError
+from inductor_moe.ops.all_reduce import shared_groups
 from inductor_moe.patterns import ALL, Refusal, Rewrite
+from inductor_moe.patterns.all_reduce import left_to_backends
 from inductor_moe.patterns.int8_activations import mark_int8_activations
 from inductor_moe.report import Report, Site
 from inductor_moe.tiles import user_folder
@@ -48,7 +50,7 @@ class FusionPass(compat.graph_pass_base()):  # type: ignore[misc]
         lowerings.install()
         sites = rewrite(graph, self._remaining())
         with self._lock:
-            self.reports.append(Report(sites=tuple(sites)))
+            self.reports.append(Report(sites=tuple(sites), notes=left_to_backends(graph)))
             self.origins.update(_origins(graph))
 
     def _remaining(self) -> Options:
@@ -63,11 +65,14 @@ class FusionPass(compat.graph_pass_base()):  # type: ignore[misc]
         return self
 
     def uuid(self) -> Any:
-        """Changes with our sources and options; None, so no caching, if a user's pass has none."""
+        """Changes with all that decides what a compile yields.
+
+        None, so no caching, if a user's pass has none.
+        """
         user = [getattr(user_pass, "uuid", lambda: None)() for user_pass in self.user_passes]
         if any(value is None for value in user):
             return None
-        text = f"{source_hash()} {self.options!r} {user!r}"
+        text = f"{source_hash()} {self.options!r} {user!r} {shared_groups()}"
         return hashlib.sha256(text.encode()).digest()
 
 

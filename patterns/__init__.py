@@ -5,11 +5,20 @@ if __name__ == "patterns":
         "import inductor_moe.patterns, not patterns: the folder is part of the package"
     )
 
-from inductor_moe.patterns import dequantised, merged, quant
+from inductor_moe.patterns import all_reduce, dequantised, merged, quant
 from inductor_moe.patterns.attention import decode as attention_decode
 from inductor_moe.patterns.attention import rope
 from inductor_moe.patterns.delta_rule import decode, heads, unrolled
-from inductor_moe.patterns.moe import called, dense, experts, gate, gathered, router, shared
+from inductor_moe.patterns.moe import (
+    called,
+    dense,
+    experts,
+    gate,
+    gathered,
+    local,
+    router,
+    shared,
+)
 from inductor_moe.patterns.rewrite import Refusal, Rewrite
 
 ALL: tuple[Rewrite, ...] = (
@@ -26,9 +35,11 @@ ALL: tuple[Rewrite, ...] = (
     quant.LINEAR,
     dequantised.DEQUANTISED,
     gate.GATE,
+    local.LOCAL,
     merged.MERGED,
     attention_decode.DECODE,
     rope.ROPE,
+    all_reduce.ALL_REDUCE,
 )
 
 __all__ = ["ALL", "Refusal", "Rewrite"]

@@ -21,6 +21,8 @@ PROMPT, ROOM = 16, 64
 # As transformers chooses by itself when it generates.
 EXPERTS = {"prefill": "grouped_mm", "decode": "batched_mm"}
 aten = torch.ops.aten
+# Where an expert op has its ids.
+IDS = {"inductor_moe.moe_experts.default": 3, "inductor_moe.moe_experts_shared.default": 1}
 
 
 def family_of(name):
@@ -323,12 +325,14 @@ def described(gm):
         "sent": names.count("inductor_moe.exchange_rows.default"),
         "gathered": names.count("_c10d_functional.all_gather_into_tensor.default"),
         "masked": sum(
-            node.args[3].target is aten.where.self
-            for node in calls
-            if str(node.target) == "inductor_moe.moe_experts.default"
-            and isinstance(node.args[3], torch.fx.Node)
+            is_local(node.args[IDS[str(node.target)]]) for node in calls if str(node.target) in IDS
         ),
     }
+
+
+def is_local(ids):
+    """Whether a rank's ids are masked, or come from a router that numbers them itself."""
+    return ids.target is aten.where.self or bool(ids.args[0].kwargs.get("own"))
 
 
 def check(found, world, collectives=False, slack=2.0):

@@ -44,7 +44,8 @@ ROUTES = {
 # Above the layers: what a user calls. No layer imports these, and they may import anything.
 SURFACE = {
     "__init__", "bench", "bisection", "cli", "compiling", "demo", "doctor", "explanation",
-    "parallel", "parallel_exchange", "parallel_heads", "report_html", "targets", "testing",
+    "parallel", "parallel_exchange", "parallel_heads", "parallel_memory", "parallel_shared",
+    "parallel_store", "report_html", "targets", "testing",
 }  # fmt: skip
 
 PRIVATE = ("functorch", "torch.fx.experimental")  # no underscore, yet no public API

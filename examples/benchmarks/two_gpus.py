@@ -208,7 +208,7 @@ class _Process:
         _peak(self.device)
         prepare = self._prefill if phase == "prefill" else self._decode
         batch = 1 if phase == "prefill" else int(phase.removeprefix("decode"))
-        measure, logits, compile_s = prepare(batch)
+        measure, logits, compile_s, step = prepare(batch)
         self.notes.say(f"{phase}: first call {compile_s:.1f} s")
         self.notes.flag(f"{phase}-compiled")
         self.notes.wait(f"{phase}-compiled", ["one", *self.ranks])
@@ -221,15 +221,17 @@ class _Process:
             "compile_s": compile_s, "peak_bytes": _peak(self.device),
             "sum": float(logits.double().sum()), "finite": bool(logits.isfinite().all()),
         }  # fmt: skip
+        if step is not None and self.device == "cuda":
+            found |= self._kernels(step)
         self.notes.keep(phase, found)
-        self.notes.say(f"{phase}: {found['us'] / 1e3:.3f} ms")
+        self.notes.say(f"{phase}: {found['us'] / 1e3:.3f} ms, {found.get('kernels')} kernels")
         if self.rank is None:
             self.logits[phase] = logits
         elif self.rank == 0:
             torch.save(logits.cpu(), self.given.folder / f"{phase}.pt")
         self.notes.flag(f"{phase}-measured")
         self.notes.wait(f"{phase}-measured", self.ranks)
-        del measure, logits
+        del measure, logits, step
         generate.free(self.device)
 
     def _prefill(self, _batch: int) -> Any:
@@ -249,7 +251,7 @@ class _Process:
                 times.append(prefill(ids)[1])
             return times[1:]
 
-        return measure, logits, compile_s
+        return measure, logits, compile_s, None
 
     def _decode(self, batch: int) -> Any:
         import torch
@@ -278,7 +280,26 @@ class _Process:
                 raise RuntimeError("decode: the logits are not finite")
             return times[8:]
 
-        return measure, logits, decode.compile_s
+        return measure, logits, decode.compile_s, decode.step
+
+    def _kernels(self, step: Any) -> dict[str, Any]:
+        """How many kernels a step has, and how often and long (us) those of each name ran."""
+        from inductor_moe.bench import profile
+        from inductor_moe.errors import InductorMoeError
+
+        held: dict[str, list[float]] = {}
+        try:
+            kernels = profile.record(step, self.device)
+        except InductorMoeError as error:  # after as many steps as on the other ranks
+            self.notes.say(str(error))
+            return {}
+        for kernel in kernels:
+            held.setdefault(kernel.name[:100], []).append(kernel.duration)
+        most = sorted(held.items(), key=lambda item: -sum(item[1]))
+        return {
+            "kernels": len(kernels),
+            "longest": [[name, len(times), sum(times)] for name, times in most[:40]],
+        }
 
     def _together(self) -> None:
         import torch

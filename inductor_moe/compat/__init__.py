@@ -17,6 +17,8 @@ from inductor_moe.compat.collectives import (
     name_process_group,
     process_group_named,
     store_of,
+    symmetric_memory,
+    timeout_of,
 )
 from inductor_moe.compat.compiling import (
     allow_dynamic,
@@ -36,6 +38,7 @@ from inductor_moe.compat.launches import launch_dependently, remember_launches, 
 from inductor_moe.compat.lowering import (
     branch,
     calls_grouped_mm,
+    compiles_package,
     fake_arguments,
     is_symbolic,
     lower_bound,
@@ -78,6 +81,7 @@ __all__ = [
     "calls_grouped_mm",
     "clear_graph_breaks",
     "compile_fx",
+    "compiles_package",
     "compute_capability",
     "current_config",
     "fake_arguments",
@@ -112,6 +116,8 @@ __all__ = [
     "size_hint",
     "statically_true",
     "store_of",
+    "symmetric_memory",
+    "timeout_of",
     "tracing_backend_is_ours",
     "tree_leaves",
     "turn_on_dynamo_setting",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -31,6 +32,36 @@ def store_of(group: Any) -> Any:
     from torch.distributed import distributed_c10d
 
     return distributed_c10d._get_process_group_store(group)
+
+
+def timeout_of(group: Any, device: torch.device) -> float:
+    """Seconds that collectives of a process group wait for a rank."""
+    options = getattr(group._get_backend(device), "options", None)
+    found = getattr(options, "_timeout", None)
+    return found.total_seconds() if found is not None else 600.0
+
+
+def symmetric_memory(size: int, device: torch.device, group: Any) -> tuple[list[Tensor], Any]:
+    """Zeroed bytes [size] of each rank of a group, all of which every rank reaches.
+
+    returns them in the order of the ranks, and a handle that must live as long. Collective; raises
+    RuntimeError where the GPUs cannot.
+    """
+    from torch.distributed import _symmetric_memory as symmetric
+
+    enable = getattr(symmetric, "enable_symm_mem_for_group", None)
+    if enable is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            enable(group.group_name)
+    # Not symmetric.empty, whose memory may be a part of a larger block.
+    memory = torch._C._distributed_c10d._SymmetricMemory
+    own: Tensor = memory.empty_strided_p2p((size,), (1,), torch.uint8, device)
+    own.zero_()
+    handle = memory.rendezvous(own, group.group_name)
+    torch.cuda.synchronize(device)
+    parts = [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(group.size())]
+    return parts, (own, handle)
 
 
 def all_reduce(x: Tensor, group_name: str) -> Tensor:

@@ -65,6 +65,13 @@ def calls_grouped_mm() -> bool:
     return "aten._grouped_mm.default" in inductor_fallback_ops
 
 
+def compiles_package() -> bool:
+    """Whether the graph that passes run on is for an AOTInductor package."""
+    from torch._inductor.virtualized import V
+
+    return getattr(V, "aot_compilation", False) is True
+
+
 @functools.cache
 def runs_triton_kernels(device: torch.device) -> bool:
     """Whether our kernels run on a device: CUDA, sm_80 or later, Triton installed. Warns once."""

@@ -30,6 +30,8 @@ def choose_experts(
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,  # experts of a group
     BLOCK_K: tl.constexpr,
+    FIRST: tl.constexpr,  # of the OWN experts that are counted from 0; others become E
+    OWN: tl.constexpr,  # 0: all keep their number
 ):
     """One token's experts, best first, and their weights."""
     SIZE: tl.constexpr = E // GROUPS
@@ -98,6 +100,9 @@ def choose_experts(
         if FLOOR > 0:
             total = tl.maximum(total, FLOOR)
         value = value / (total + EPSILON)
+    if OWN > 0:
+        chosen_ids -= FIRST
+        chosen_ids = tl.where((chosen_ids >= 0) & (chosen_ids < OWN), chosen_ids, E)
     tl.store(weights + k, value * SCALE, mask=k < K)
     tl.store(ids + k, chosen_ids.to(tl.int64), mask=k < K)
 
@@ -131,5 +136,5 @@ def moe_route_kernel(
     choose_experts(
         logits + t * stride_t, bias, weights + t * K, ids + t * K, stride_e, stride_bias,
         E, K, SCORING, NORMALISE, EPSILON, FLOOR, SCALE, HAS_BIAS,
-        GROUPS, KEPT_GROUPS, GROUP_TOP, BLOCK_G, BLOCK_S, BLOCK_K,
+        GROUPS, KEPT_GROUPS, GROUP_TOP, BLOCK_G, BLOCK_S, BLOCK_K, 0, 0,
     )  # fmt: skip

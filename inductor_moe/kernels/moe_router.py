@@ -50,6 +50,8 @@ def moe_router_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    FIRST: tl.constexpr,
+    OWN: tl.constexpr,
 ):
     wait_for_inputs()
     row = tl.program_id(0)
@@ -81,5 +83,5 @@ def moe_router_kernel(
         choose_experts(
             logits, bias, weights, ids, 1, stride_bias,
             E, K, SCORING, NORMALISE, EPSILON, FLOOR, SCALE, HAS_BIAS,
-            GROUPS, KEPT_GROUPS, GROUP_TOP, BLOCK_G, BLOCK_S, BLOCK_K,
+            GROUPS, KEPT_GROUPS, GROUP_TOP, BLOCK_G, BLOCK_S, BLOCK_K, FIRST, OWN,
         )  # fmt: skip

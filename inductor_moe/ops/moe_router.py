@@ -56,6 +56,14 @@ def check_router(
     check_route(x.new_empty((1, router.shape[0])), *route)
 
 
+def check_own(first: int, own: int, experts: int) -> None:
+    """Raise ValueError if experts first to first + own - 1 are not all there."""
+    if not (first >= 0 and own >= 0 and first + own <= experts):
+        raise ValueError(
+            f"moe_router: first is {first} and own is {own}; they must be experts of {experts}."
+        )
+
+
 @torch.library.custom_op("inductor_moe::moe_router", mutates_args=("counters",))
 def moe_router(
     x: Tensor,
@@ -77,6 +85,9 @@ def moe_router(
     groups: int = 1,
     kept_groups: int = 1,
     group_top: int = 1,
+    *,
+    first: int = 0,
+    own: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Residual, RMS norm, logits of the experts and of one gate, and the choice, of one token.
 
@@ -87,6 +98,8 @@ def moe_router(
     router       [E, H]  x.dtype
     gate         [1, H]  x.dtype, a row of logits more
     counters     [n]     int32; the element `index` must be 0, and is anything afterwards
+    own                  experts from `first` on are numbered from 0 in ids, and all others E; 0:
+                         each keeps its number
     the others           as in `moe_route`
     returns total [1, H] x.dtype (x + residual, [0] without one), normed [1, H] x.dtype ([0]
     without a norm), weights [1, K] fp32, ids [1, K] int64, gate's logit [1, 1] x.dtype ([0]
@@ -95,9 +108,10 @@ def moe_router(
     route = (top_k, scoring, normalise, bias, epsilon, floor, scale, groups, kept_groups,
              group_top)  # fmt: skip
     check_router(x, residual, norm_weight, router, gate, counters, index, *route)
+    check_own(first, own, router.shape[0])
     run = moe_router_cuda if x.is_cuda else moe_router_plain
     return run(x, residual, norm_weight, norm_eps, norm_offset, router, gate, counters, index,
-               *route)  # fmt: skip
+               *route, first=first, own=own)  # fmt: skip
 
 
 @moe_router.register_fake
@@ -113,8 +127,11 @@ def _(
     index: int,
     top_k: int,
     *route: Any,
+    first: int = 0,
+    own: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     del norm_eps, norm_offset
+    check_own(first, own, router.shape[0])
     check_router(x, residual, norm_weight, router, gate, counters, index, top_k, *route)
     return _outputs(x, residual, norm_weight, gate, top_k)
 
@@ -143,6 +160,8 @@ def moe_router_plain(
     counters: Tensor,
     index: int,
     *route: Any,
+    first: int = 0,
+    own: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`moe_router` in aten alone, traceable."""
     del counters, index
@@ -155,6 +174,9 @@ def moe_router_plain(
         value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + norm_eps)
         x = normed = (value * (norm_weight.to(wide) + norm_offset)).to(x.dtype)
     weights, ids = moe_route_cpu(F.linear(x, router), *route)
+    if own:
+        ids = ids - first
+        ids = ids.masked_fill((ids < 0) | (ids >= own), router.shape[0])
     logit = x.new_empty(0) if gate is None else F.linear(x, gate)
     return total, normed, weights, ids, logit
 
@@ -174,6 +196,8 @@ def moe_router_cuda(
     normalise: bool,
     bias: Tensor | None = None,
     *options: Any,
+    first: int = 0,
+    own: int = 0,
     wrap: Callable[[Any], Any] = lambda kernel: kernel,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`moe_router` as one Triton launch; traceable with wrap=torch.library.wrap_triton."""
@@ -198,6 +222,7 @@ def moe_router_cuda(
         NORM_EPS=norm_eps, NORM_OFFSET=norm_offset,
         HAS_RESIDUAL=residual is not None, HAS_NORM=norm_weight is not None,
         HAS_GATE=gate is not None, HIDDEN=hidden, BLOCK_H=block, **constants,
+        FIRST=first, OWN=own,
         num_warps=max(1, block // 2048),
     )  # fmt: skip
     logit = x.new_empty(0) if gate is None else logits[:, experts:]

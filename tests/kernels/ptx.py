@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
+from kernels import ptx_lanes
 from triton.runtime.interpreter import TensorHandle
 
 FLOATS = {"bf16x2": torch.bfloat16, "f16x2": torch.float16}
@@ -69,6 +70,8 @@ def inline_asm_elementwise(
 ) -> tl.tensor:
     """Stands for tl.inline_asm_elementwise: one input and one output of a size, in registers."""
     unwrap = lambda value: getattr(value, "value", value)  # noqa: E731
+    if not unwrap(is_pure):
+        return ptx_lanes.inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack)
     data = np.ascontiguousarray(args[0].handle.data)
     assert unwrap(constraints) == "=r,r" and unwrap(pack) * data.itemsize == 4 and len(args) == 1
     words = data.reshape(-1).view(np.uint32)

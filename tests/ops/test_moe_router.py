@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import forms
 import pytest
 import torch
@@ -68,10 +70,31 @@ def test_kernel(monkeypatch, hidden, parts, route, dtype):
             assert relative_error(found[index], expected[index]) <= limit
 
 
+@pytest.mark.parametrize("first, own", [(0, 10), (10, 10), (7, 1), (0, 20)])
+def test_experts_of_others_have_a_number_past_all(first, own):
+    torch.manual_seed(own)
+    given = arguments(64, 20, ROUTES["softmax"], torch.bfloat16)
+    (_, _, weights, ids, _) = moe_router_cuda(*given, wrap=Interpreted)
+    for run in (moe_router_plain, functools.partial(moe_router_cuda, wrap=Interpreted)):
+        given[7].zero_()
+        found = run(*given, first=first, own=own)
+        kept = (ids >= first) & (ids < first + own)
+        assert torch.equal(found[3], torch.where(kept, ids - first, 20))
+        assert relative_error(found[2], weights) < 1e-2
+
+
 @pytest.mark.parametrize("parts", [{}, {"residual": False, "gate": False}, {"norm": False}])
 def test_opcheck(parts):
     given = arguments(24, 9, ROUTES["softmax"], torch.float32, **parts)
     torch.library.opcheck(moe_router, given)
+    torch.library.opcheck(moe_router, given, {"first": 3, "own": 4})
+
+
+@pytest.mark.parametrize("first, own", [(-1, 2), (3, -1), (8, 2)])
+def test_experts_that_are_not_there(first, own):
+    given = arguments(24, 9, ROUTES["softmax"], torch.float32)
+    with pytest.raises(ValueError, match=f"first is {first} and own is {own}"):
+        moe_router(*given, first=first, own=own)
 
 
 @pytest.mark.parametrize(
