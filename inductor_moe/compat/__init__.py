@@ -29,6 +29,7 @@ from inductor_moe.compat.compiling import (
     inductor_config,
     no_caches,
     reset_cudagraphs,
+    start_compile_workers,
     tracing_backend_is_ours,
     turn_on_dynamo_setting,
 )
@@ -107,6 +108,7 @@ __all__ = [
     "runs_triton_kernels",
     "schema_of",
     "size_hint",
+    "start_compile_workers",
     "statically_true",
     "store_of",
     "tracing_backend_is_ours",
