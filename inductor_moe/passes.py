@@ -214,13 +214,16 @@ class _undone_on_error:
         self.graph, self.before = graph, before
 
     def __enter__(self) -> None:
-        # Both are immutable: a change puts others in their place.
-        self.arguments = {node: (node.args, node.kwargs) for node in self.before}
+        # Both are immutable: a change puts others in their place. Kept as lists: a pair for every
+        # node of a model, for every site, keeps the garbage collector busy.
+        self.nodes = list(self.before)
+        self.args = [node.args for node in self.nodes]
+        self.kwargs = [node.kwargs for node in self.nodes]
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:
             return
-        for node, (args, kwargs) in self.arguments.items():
+        for node, args, kwargs in zip(self.nodes, self.args, self.kwargs, strict=True):
             if node.args is not args or node.kwargs is not kwargs:
                 node.args, node.kwargs = args, kwargs
         added = [node for node in self.graph.nodes if node not in self.before]
