@@ -22,6 +22,7 @@ from inductor_moe.config import Options
 from inductor_moe.costs import Costs, costs_of, joined_calls
 from inductor_moe.errors import RewriteFailedWarning, StrictError
 from inductor_moe.patterns import ALL, Refusal, Rewrite
+from inductor_moe.patterns.delta_rule import convolution
 from inductor_moe.patterns.int8_activations import mark_int8_activations
 from inductor_moe.report import Report, Site
 from inductor_moe.tiles import user_folder
@@ -104,6 +105,8 @@ def rewrite(graph: fx.Graph, options: Options) -> list[Site]:
         # What a rewrite replaced must not count as a user of what the next one reads, nor stay
         # for being random, as attention is to PyTorch.
         graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=node not in taken))
+    if options.limit is None and options.enabled(convolution.NAME):
+        _spread_convolutions(graph, options)
     # One form's refusal says nothing where another form fused the same site, and what a form
     # makes of another's op is one site with it.
     if options.int8_activations:
@@ -117,6 +120,13 @@ def rewrite(graph: fx.Graph, options: Options) -> list[Site]:
         if (site.matched and anchor not in refined)
         or not (site.matched or anchor in taken or site.rewrite in optional)
     ]
+
+
+def _spread_convolutions(graph: fx.Graph, options: Options) -> None:
+    try:
+        convolution.spread_convolutions(graph)
+    except Exception as error:
+        _failed("spreading convolutions", error, options)
 
 
 def _with_int8_activations(
