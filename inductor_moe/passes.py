@@ -105,7 +105,8 @@ def rewrite(graph: fx.Graph, options: Options) -> list[Site]:
         # What a rewrite replaced must not count as a user of what the next one reads, nor stay
         # for being random, as attention is to PyTorch.
         graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=node not in taken))
-    if options.limit is None and options.enabled(convolution.NAME):
+    rules = any(site.matched and site.op == "delta_rule" for _, site in found)
+    if rules and options.limit is None and options.enabled(convolution.NAME):
         _spread_convolutions(graph, options)
     # One form's refusal says nothing where another form fused the same site, and what a form
     # makes of another's op is one site with it.

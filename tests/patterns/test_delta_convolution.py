@@ -11,9 +11,9 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from inductor_moe.config import Options
-from inductor_moe.passes import rewrite
-from inductor_moe.testing import capture, relative_error
+from inductor_moe.ops.delta_rule import delta_rule
+from inductor_moe.patterns.delta_rule.convolution import spread_convolutions
+from inductor_moe.testing import capture, graph_backend, relative_error
 
 CHANNELS = 12
 
@@ -36,19 +36,22 @@ def mixed(rows, weight, bias=None):
     return convolved(rows, weight, bias, F.silu)
 
 
-def convolutions(function, arguments, **options):
-    """The result after the rewrites, and how many convolutions are left in the graph."""
+def convolutions(function, arguments):
+    """The result after the rewrite, and how many convolutions are left in the graph."""
     with torch.no_grad():
         traced = make_fx(
             lambda *given: function(*given),
             decomposition_table=select_decomp_table(),
             tracing_mode="fake",
         )(*arguments)
-    assert rewrite(traced.graph, Options(strict=True, **options)) == []
+    spread_convolutions(traced.graph)
     traced.graph.lint()
     traced.recompile()
-    left = [n for n in traced.graph.nodes if n.target is torch.ops.aten.convolution.default]
-    return traced(*copy.deepcopy(arguments)), len(left)
+    return traced(*copy.deepcopy(arguments)), left_in(traced.graph)
+
+
+def left_in(graph):
+    return sum(node.target is torch.ops.aten.convolution.default for node in graph.nodes)
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 9, 70])
@@ -72,37 +75,63 @@ def test_half_precision_sums_in_fp32(dtype):
     assert relative_error(found, expected) <= 1.05 * relative_error(mixed(*arguments), expected)
 
 
-class Mixed(torch.nn.Module):
-    """`mixed` with weights of its own, whose sizes are static."""
+class Layer(torch.nn.Module):
+    """A convolution and what follows it, with weights of its own, whose sizes are static."""
 
-    def __init__(self, weight, bias):
+    def __init__(self, weight, bias, rule=True):
         super().__init__()
         self.weight, self.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+        self.rule = rule
 
     def forward(self, rows):
-        return mixed(rows, self.weight, self.bias)
+        out = mixed(rows, self.weight, self.bias)
+        if not self.rule:
+            return out
+        q, k, v = (part[:, :, None] for part in out.split(CHANNELS // 3, -1))
+        return delta_rule(q, k, v, None, rows[..., :1].sigmoid(), None, 0.5, 1e-6)[0]
+
+
+def exact_layer(rows, weights):
+    with torch.no_grad():
+        return Layer(*weights).double()(rows.double())
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("tokens", [2, 70])
-def test_it_stays_one_under_the_backend(tokens, dynamic):
+def test_before_a_rule_it_is_one_under_the_backend(tokens, dynamic):
     graphs = []
     rows, *weights = inputs(tokens)
-    found, _ = capture(Mixed(*weights), rows, dynamic=dynamic, graphs=graphs)
-    assert relative_error(found, exact(mixed, (rows, *weights))) < 3e-7
-    (graph,) = graphs
-    assert not any("convolution" in str(node.target) for node in graph.graph.nodes)
+    found, report = capture(Layer(*weights), rows, dynamic=dynamic, graphs=graphs)
+    assert report.counts() == {"delta_rule": 1}
+    assert relative_error(found, exact_layer(rows, weights)) < 1e-6
+    assert not any(left_in(graph.graph) for graph in graphs)
 
 
 def test_one_compile_serves_every_length():
     rows, *weights = inputs(70)
-    compiled = torch.compile(Mixed(*weights), backend="inductor_moe", dynamic=True)
+    compiled = torch.compile(Layer(*weights), backend=graph_backend(), dynamic=True)
     with torch.no_grad():
         compiled(rows)
         with torch.compiler.set_stance("fail_on_recompile"):
             for tokens in (2, 3, 9, 200):
                 rows, *_ = inputs(tokens)
-                assert relative_error(compiled(rows), exact(mixed, (rows, *weights))) < 3e-7
+                assert relative_error(compiled(rows), exact_layer(rows, weights)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "layer, options",
+    [
+        ({"rule": False}, {}),
+        ({}, {"inductor_moe.disable": "delta_rule.convolution"}),
+        ({}, {"inductor_moe.limit": 0}),
+    ],
+    ids=["no-rule", "disabled", "limit"],
+)
+def test_otherwise_it_is_left(layer, options):
+    graphs = []
+    rows, *weights = inputs()
+    capture(Layer(*weights, **layer), rows, options=options, graphs=graphs)
+    assert [left_in(graph.graph) for graph in graphs] == [1]
 
 
 OTHERS = {
@@ -149,8 +178,3 @@ def test_a_convolution_used_otherwise_is_left(case):
     found, left = convolutions(USES[case], arguments)
     assert left == 1
     torch.testing.assert_close(found, USES[case](*arguments))
-
-
-def test_it_can_be_turned_off():
-    for options in ({"disable": ("delta_rule.convolution",)}, {"limit": 0}):
-        assert convolutions(mixed, inputs(), **options)[1] == 1
