@@ -87,8 +87,9 @@ def _check(name: str, value: Any) -> Any:
 
 def _check_rewrite_names(names: list[str] | tuple[str, ...]) -> None:
     from inductor_moe.patterns import ALL
+    from inductor_moe.patterns.delta_rule import convolution
 
-    known = [rewrite.name for rewrite in ALL]
+    known = [*(rewrite.name for rewrite in ALL), convolution.NAME]
     for name in names:
         if not any(rewrite == name or rewrite.startswith(name + ".") for rewrite in known):
             raise UnknownOptionError(

@@ -31,6 +31,7 @@ from inductor_moe.compat.compiling import (
     inductor_config,
     no_caches,
     reset_cudagraphs,
+    start_compile_workers,
     tracing_backend_is_ours,
     turn_on_dynamo_setting,
 )
@@ -114,6 +115,7 @@ __all__ = [
     "runs_triton_kernels",
     "schema_of",
     "size_hint",
+    "start_compile_workers",
     "statically_true",
     "store_of",
     "symmetric_memory",

@@ -49,6 +49,9 @@ def remembering(analyse: Callable[..., Any]) -> Callable[..., Any]:
 
 def _launch(kernel: Any, kwargs: Mapping[str, Any]) -> Hashable | None:
     """All that the analysis looks at; None for a kernel of others, or what cannot be compared."""
+    configs = getattr(kernel, "configs", None)
+    if configs:  # an Autotuner, as which a launch with options comes to the lowering
+        kernel, kwargs = kernel.fn, {**kwargs, **configs[0].kwargs}
     function = getattr(kernel, "fn", None)
     if not getattr(function, "__module__", "").startswith("inductor_moe."):
         return None
