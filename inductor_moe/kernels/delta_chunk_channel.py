@@ -1,11 +1,11 @@
 """The chunked delta rule with a decay per key channel (KDA).
 
-exp(G_i - G_j) factors into a row and a column part only around a border between i and j, or near
-enough to both, or the parts overflow. So the pairs of a chunk are taken by the size s of the
-aligned blocks that separate them: i in a right, j in a left block of size s. Then exp(sum of g
-from the border to i) and exp(sum from j to it) are at most one, and each s is one masked product.
-bf16 has fp32's range: there one product around one border takes all pairs of a block as large as
-the decays at hand allow, with mild ones the whole chunk.
+exp(G_i - G_j) factors into a row and a column part only around a border between i and j, or the
+parts may overflow. So the pairs of a chunk are taken by the size s of the aligned blocks that
+separate them: i in a right, j in a left block of size s. Then exp(sum of g from the border to i)
+and exp(sum from j to the border) are at most one, and each s is one masked product. In bf16, with
+fp32's range, one product is enough for a chunk that decays to no less than 2**-224 in any channel,
+as those of trained models mostly do.
 """
 
 from __future__ import annotations
@@ -36,27 +36,35 @@ from inductor_moe.kernels.delta_launch import (
 
 
 @triton.jit
-def row_sums(q, k, inside, K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr):
-    """Sums over K of q * q, k * k and q * k, of the rows that q and k [C, 1] point to."""
+def row_sums(
+    q, k, g, inside, K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """Sums over K of q * q, k * k and q * k, and the smallest whole decay of any channel.
+
+    q, k and g [C, 1] point to rows.
+    """
     queries = tl.zeros([C], tl.float32)
     keys = tl.zeros([C], tl.float32)
     both = tl.zeros([C], tl.float32)
+    least = 0.0
     for block in range(0, K, BLOCK_K):
         dk = block + tl.arange(0, BLOCK_K)
         mask = inside[:, None] & (dk < K)[None, :]
         key = tl.load(k + dk[None, :], mask=mask, other=0.0).to(tl.float32)
         query = tl.load(q + dk[None, :], mask=mask, other=0.0).to(tl.float32)
+        decay = binary_decay(tl.load(g + dk[None, :], mask=mask, other=0.0))
         queries += tl.sum(query * query, 1)
         keys += tl.sum(key * key, 1)
         both += tl.sum(query * key, 1)
-    return queries, keys, both
+        least = tl.minimum(least, tl.min(tl.sum(decay, 0)))
+    return queries, keys, both, least
 
 
 @triton.jit
 def row_ranges(first, count, C: tl.constexpr):
     """[C, C] fp16: ones in `count` columns from column `first` of every row, else zeros."""
-    offset = tl.arange(0, C)[None, :] - first[:, None]
-    return tl.where((offset >= 0) & (offset < count[:, None]), 1.0, 0.0).to(tl.float16)
+    offset = (tl.arange(0, C)[None, :] - first[:, None]).to(tl.uint32, bitcast=True)
+    return tl.where(offset < count.to(tl.uint32, bitcast=True)[:, None], 1.0, 0.0).to(tl.float16)
 
 
 @triton.jit
@@ -85,14 +93,6 @@ def border_sums(decay, level, C: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def add_products(kk, qk, pairs, near_key, near_query, far_key, PRECISION: tl.constexpr):
-    turned = tl.trans(far_key)
-    kk += tl.where(pairs, tl.dot(near_key, turned, input_precision=PRECISION), 0.0)
-    qk += tl.where(pairs, tl.dot(near_query, turned, input_precision=PRECISION), 0.0)
-    return kk, qk
-
-
-@triton.jit
 def add_pairs(
     kk, qk, key, query, decay, level,
     C: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
@@ -101,38 +101,88 @@ def add_pairs(
     near = tl.exp2(border_sums(decay, level, C, EXACT))
     near_key = (key.to(tl.float32) * near).to(key.dtype)
     near_query = (query.to(tl.float32) * near).to(key.dtype)
+    turned = tl.trans(near_key)
     pairs = corners(level, C)
-    return add_products(kk, qk, pairs, near_key, near_query, near_key, PRECISION)
+    kk += tl.where(pairs, tl.dot(near_key, turned, input_precision=PRECISION), 0.0)
+    qk += tl.where(pairs, tl.dot(near_query, turned, input_precision=PRECISION), 0.0)
+    return kk, qk
 
 
 @triton.jit
-def widest_level(decay):
-    """The largest level whose `border_sums` stay above -96; 2 if no decay is below -24."""
-    steepest = tl.min(decay)
-    level = tl.where(steepest >= -12.0, 3, 2)
-    level = tl.where(steepest >= -6.0, 4, level)
-    return tl.where(tl.min(tl.sum(decay, 0)) >= -96.0, 5, level)
-
-
-@triton.jit
-def add_centred(
-    kk, qk, key, query, decay, level,
-    C: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+def strong_decays(
+    q, k, g, q_read, k_read, k_write, whole, inside, query_scale, key_scale, levels,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the products of all pairs of aligned blocks of 2**(level + 1) rows, around the middles.
-
-    Those above the diagonal mean nothing and may be infinite.
-    """
+    """Any decays: stores the decayed rows; returns k k^T and q k^T with decay, [C, C]."""
     row = tl.arange(0, C)
-    total = border_sums(decay, level, C, EXACT)
-    total = tl.where(((row >> level) & 1)[:, None] == 1, total, -total)
-    near = tl.exp2(total)
-    near_key = (key.to(tl.float32) * near).to(key.dtype)
-    near_query = (query.to(tl.float32) * near).to(key.dtype)
-    far_key = (key.to(tl.float32) * tl.exp2(-total)).to(key.dtype)
-    block = row >> level >> 1
-    pairs = block[:, None] == block[None, :]
-    return add_products(kk, qk, pairs, near_key, near_query, far_key, PRECISION)
+    kk = tl.zeros([C, C], tl.float32)
+    qk = tl.zeros([C, C], tl.float32)
+    for block in range(0, K, BLOCK_K):
+        dk = block + tl.arange(0, BLOCK_K)
+        mask = inside[:, None] & (dk < K)[None, :]
+        key = tl.load(k + dk[None, :], mask=mask, other=0.0)
+        query = tl.load(q + dk[None, :], mask=mask, other=0.0)
+        decay = binary_decay(tl.load(g + dk[None, :], mask=mask, other=0.0))
+        for level in range(levels):
+            kk, qk = add_pairs(kk, qk, key, query, decay, level, C, EXACT, PRECISION)
+
+    # a second pass: the rows' own factors beside the pairs' products would not fit the registers
+    for block in range(0, K, BLOCK_K):
+        dk = block + tl.arange(0, BLOCK_K)
+        mask = inside[:, None] & (dk < K)[None, :]
+        cell = row[:, None] * K + dk[None, :]
+        decay = binary_decay(tl.load(g + dk[None, :], mask=mask, other=0.0))
+        key = tl.load(k + dk[None, :], mask=mask, other=0.0).to(tl.float32) * key_scale[:, None]
+        near = tl.exp2(sums_over(row_ranges(row + 1, C - 1 - row, C), decay, EXACT))
+        tl.store(k_write + cell, (key * near).to(k_write.dtype.element_ty), mask=mask)
+        near = tl.exp2(sums_over(row_ranges(row * 0, row + 1, C), decay, EXACT))
+        tl.store(k_read + cell, (key * near).to(k_write.dtype.element_ty), mask=mask)
+        query = tl.load(q + dk[None, :], mask=mask, other=0.0).to(tl.float32)
+        query *= query_scale[:, None]
+        tl.store(q_read + cell, (query * near).to(k_write.dtype.element_ty), mask=mask)
+        tl.store(whole + dk, tl.exp2(tl.sum(decay, 0)), mask=dk < K)
+    return (
+        kk * key_scale[:, None] * key_scale[None, :],
+        qk * query_scale[:, None] * key_scale[None, :],
+    )
+
+
+@triton.jit
+def mild_decays(
+    q, k, g, q_read, k_read, k_write, whole, inside, query_scale, key_scale,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As strong_decays, if no channel decays below 2**-224; means nothing above the diagonal."""
+    DTYPE: tl.constexpr = q_read.dtype.element_ty
+    row = tl.arange(0, C)
+    kk = tl.zeros([C, C], tl.float32)
+    qk = tl.zeros([C, C], tl.float32)
+    for block in range(0, K, BLOCK_K):
+        dk = block + tl.arange(0, BLOCK_K)
+        mask = inside[:, None] & (dk < K)[None, :]
+        cell = row[:, None] * K + dk[None, :]
+        key = tl.load(k + dk[None, :], mask=mask, other=0.0)
+        query = tl.load(q + dk[None, :], mask=mask, other=0.0)
+        decay = binary_decay(tl.load(g + dk[None, :], mask=mask, other=0.0))
+        tl.store(whole + dk, tl.exp2(tl.sum(decay, 0)), mask=dk < K)
+        # Around half of each channel's decay, all factors stay in 2**-112 to 2**112. It is half of
+        # what the sums add up, rounded too, or k_write would have the rounding of all decays.
+        half = (tl.sum(decay.to(tl.float16).to(tl.float32), 0) * 0.5)[None, :]
+        middle = tl.exp2(half)
+        sums = sums_over(row_ranges(row * 0, row + 1, C), decay, EXACT) - half
+        near = tl.exp2(sums)
+        far_key = key.to(tl.float32) * (tl.exp2(-sums) * key_scale[:, None])
+        near_key = key.to(tl.float32) * (near * key_scale[:, None])
+        near_query = query.to(tl.float32) * (near * query_scale[:, None])
+        turned = tl.trans(far_key.to(DTYPE))
+        kk = tl.dot(near_key.to(DTYPE), turned, kk, input_precision=PRECISION)
+        qk = tl.dot(near_query.to(DTYPE), turned, qk, input_precision=PRECISION)
+        tl.store(k_write + cell, (far_key * middle).to(DTYPE), mask=mask)
+        tl.store(k_read + cell, (near_key * middle).to(DTYPE), mask=mask)
+        tl.store(q_read + cell, (near_query * middle).to(DTYPE), mask=mask)
+    return kk, qk
 
 
 @triton.jit
@@ -147,10 +197,10 @@ def delta_channel_intra_kernel(
     SCALE: tl.constexpr, EPS: tl.constexpr,
     q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, beta_b, beta_t, beta_h,
     GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr,
-    NORMALIZE: tl.constexpr, VARLEN: tl.constexpr, CENTRED: tl.constexpr,
+    NORMALIZE: tl.constexpr, VARLEN: tl.constexpr, WIDE_RANGE: tl.constexpr,
     SHORT_SOLVE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """CENTRED needs operands with fp32's range. SHORT_SOLVE as in `delta_chunk`."""
+    """WIDE_RANGE needs operands with fp32's range. SHORT_SOLVE as in `delta_chunk`."""
     head = tl.program_id(0)
     slot = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -168,59 +218,35 @@ def delta_channel_intra_kernel(
     k_read += (plane * tokens + first) * K
     k_write += (plane * tokens + first) * K
     whole += (plane * slots + slot) * K
-    kk = tl.zeros([C, C], tl.float32)
-    qk = tl.zeros([C, C], tl.float32)
-    for block in range(0, K, BLOCK_K):
-        dk = block + tl.arange(0, BLOCK_K)
-        mask = inside[:, None] & (dk < K)[None, :]
-        key = tl.load(k + dk[None, :], mask=mask, other=0.0)
-        query = tl.load(q + dk[None, :], mask=mask, other=0.0)
-        decay = binary_decay(tl.load(g + dk[None, :], mask=mask, other=0.0))
-        level = levels * 0
-        if CENTRED:
-            level = widest_level(decay)
-            # a step down to 2**-24 is none that bf16 tells from a longer one
-            kk, qk = add_centred(
-                kk, qk, key, query, tl.maximum(decay, -24.0), level, C, EXACT, PRECISION
-            )
-            level += 1
-        for further in range(level, levels):
-            kk, qk = add_pairs(kk, qk, key, query, decay, further, C, EXACT, PRECISION)
-
-    query_scale, key_scale, diagonal = row_sums(q, k, inside, K, BLOCK_K, C)
+    query_scale, key_scale, diagonal, least = row_sums(q, k, g, inside, K, BLOCK_K, C)
     if NORMALIZE:
         key_scale = tl.rsqrt(key_scale + EPS)
         query_scale = tl.rsqrt(query_scale + EPS) * SCALE
     else:
         key_scale = tl.full([C], 1.0, tl.float32)
         query_scale = key_scale * SCALE
+    if WIDE_RANGE and least >= -224.0:
+        kk, qk = mild_decays(
+            q, k, g, q_read, k_read, k_write, whole, inside, query_scale, key_scale,
+            K, BLOCK_K, C, EXACT, PRECISION,
+        )  # fmt: skip
+    else:
+        kk, qk = strong_decays(
+            q, k, g, q_read, k_read, k_write, whole, inside, query_scale, key_scale, levels,
+            K, BLOCK_K, C, EXACT, PRECISION,
+        )  # fmt: skip
+
     beta += batch * beta_b + head * beta_h + first * beta_t
     strength = tl.load(beta + row * beta_t, mask=inside, other=0.0).to(tl.float32)
     below = row[:, None] > row[None, :]
-    a = tl.where(below, kk * (key_scale * strength)[:, None] * key_scale[None, :], 0.0)
-    a = a.to(tl.float16 if SHORT_SOLVE else tl.float32)
-    qk = tl.where(row[:, None] == row[None, :], diagonal[:, None], tl.where(below, qk, 0.0))
-    scores = (qk * query_scale[:, None] * key_scale[None, :]).to(DTYPE)
+    a = tl.where(below, kk * strength[:, None], 0.0).to(tl.float16 if SHORT_SOLVE else tl.float32)
+    diagonal *= key_scale * query_scale
+    scores = tl.where(row[:, None] == row[None, :], diagonal[:, None], tl.where(below, qk, 0.0))
     inverse = (unit_lower_inverse(a, levels, C, PRECISION) * strength[None, :]).to(DTYPE)
     solve += (plane * tokens + first) * (2 * C) + row[:, None] * (2 * C) + row[None, :]
     tl.store(solve, inverse, mask=inside[:, None])
-    product = tl.dot(scores, inverse, input_precision=PRECISION)
+    product = tl.dot(scores.to(DTYPE), inverse, input_precision=PRECISION)
     tl.store(solve + C, product.to(DTYPE), mask=inside[:, None])
-
-    # a second pass: the rows' own factors beside the pairs' products would not fit the registers
-    for block in range(0, K, BLOCK_K):
-        dk = block + tl.arange(0, BLOCK_K)
-        mask = inside[:, None] & (dk < K)[None, :]
-        cell = row[:, None] * K + dk[None, :]
-        decay = binary_decay(tl.load(g + dk[None, :], mask=mask, other=0.0))
-        key = tl.load(k + dk[None, :], mask=mask, other=0.0).to(tl.float32) * key_scale[:, None]
-        near = tl.exp2(sums_over(row_ranges(row + 1, C - 1 - row, C), decay, EXACT))
-        tl.store(k_write + cell, (key * near).to(DTYPE), mask=mask)
-        near = tl.exp2(sums_over(row_ranges(tl.zeros_like(row), row + 1, C), decay, EXACT))
-        tl.store(k_read + cell, (key * near).to(DTYPE), mask=mask)
-        query = tl.load(q + dk[None, :], mask=mask, other=0.0).to(tl.float32)
-        tl.store(q_read + cell, (query * query_scale[:, None] * near).to(DTYPE), mask=mask)
-        tl.store(whole + dk, tl.exp2(tl.sum(decay, 0)), mask=dk < K)
 
 
 @triton.jit
@@ -357,7 +383,7 @@ def delta_rule_chunk_channel(
         LEVELS, sequences, tokens, slots, value_heads, scale, l2norm_eps or 0.0,
         *strides(q, 3), *strides(k, 3), *strides(g, 3), *strides(beta, 3),
         GROUP=value_heads // heads, K=key_width, BLOCK_K=tile.key, C=CHUNK,
-        NORMALIZE=l2norm_eps is not None, VARLEN=varlen, CENTRED=q.dtype == torch.bfloat16,
+        NORMALIZE=l2norm_eps is not None, VARLEN=varlen, WIDE_RANGE=q.dtype == torch.bfloat16,
         SHORT_SOLVE=short_solve(q.dtype, l2norm_eps), EXACT=q.dtype == torch.float32,
         PRECISION=precision,
         num_warps=tile.warps, num_stages=tile.stages,
