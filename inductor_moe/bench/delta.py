@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,11 +27,14 @@ class Prefill(nn.Module):
     def __init__(self, shape: Delta, device: str) -> None:
         super().__init__()
         self.shape = shape
-        self.A_log = nn.Parameter(
-            torch.empty(shape.value_heads, device=device).uniform_(0, 16).log()
-        )
-        bias = torch.ones(shape.value_heads, self.channels(), device=device)
-        self.dt_bias = nn.Parameter(bias if shape.gate == "channel" else bias[:, 0].clone())
+        # as transformers' layers of these gates draw them
+        least, dt = 0.0, torch.ones(shape.value_heads, device=device)
+        if shape.gate == "channel":
+            size = (shape.value_heads, shape.key)
+            least, dt = 1.0, torch.empty(size, device=device).uniform_(*map(math.log, (1e-3, 0.1)))
+            dt = dt.exp() + torch.log(-torch.expm1(-dt.exp()))
+        rate = torch.empty(shape.value_heads, device=device).uniform_(least, 16)
+        self.A_log, self.dt_bias = nn.Parameter(rate.log()), nn.Parameter(dt)
         family, rule = {
             "head": ("qwen3_5", "torch_chunk_gated_delta_rule"),
             "channel": ("kimi_linear", "chunk_kimi_delta_attention"),
