@@ -32,7 +32,7 @@ def moe_route_lowering(logits: Any, *args: Any) -> Any:
     return moe_route.moe_route_cuda(logits, *args, wrap=compat.wrap_triton)
 
 
-def moe_router_lowering(x: Any, *args: Any, **own: int) -> Any:
+def moe_router_lowering(x: Any, *args: Any, **own: Any) -> Any:
     """One launch where the device runs our kernels, else the norm, matmuls and top-k in aten."""
     if not compat.runs_triton_kernels(x.device):
         return moe_router.moe_router_plain(x, *args, **own)

@@ -234,6 +234,32 @@ def ranks_table(folder: Path = RESULTS / "ranks") -> str:
     )
 
 
+def sums_table(path: Path = RESULTS / "ranks" / "small_sums.json") -> str:
+    """What `small_sums.py` has measured."""
+    if not path.is_file():
+        return "No measurement lies in `examples/benchmarks/results/` yet."
+    held = json.loads(path.read_text())
+    ways = {
+        "ours": "this", "nccl": "NCCL", "copy and one-shot": "PyTorch's one-shot, with its copy",
+        "empty kernel": "a kernel that does nothing",
+    }  # fmt: skip
+    took: dict[int, dict[str, float]] = {}
+    for row in held["found"][0]["times"]:
+        took.setdefault(row["bytes"], {})[row["way"]] = row["us"]
+    lines = [_line(["KiB", *ways.values()]), _line(["---:"] * (1 + len(ways)))]
+    for size, found in took.items():
+        lines.append(_line([f"{size / 1024:g}", *(f"{found[way]:.1f}" for way in ways)]))
+    ends = [f"{one['seconds']:.1f} s" for kind in ("dies", "late") for one in held[kind]]
+    versions = ", ".join(f"{name} {held['versions'][name]}" for name in ("torch", "triton"))
+    return (
+        f"µs of a sum, as one of a hundred in a CUDA graph, on {held['ranks']} {held['gpu']}; "
+        f"{versions}; `python3 examples/benchmarks/small_sums.py --json FILE`:\n\n"
+        + "\n".join(lines)
+        + f"\n\nWith a time-out of {held['timeout']:g} s, a rank that died within a graph, and "
+        f"one that came late, ended the others after {' and '.join(ends)}."
+    )
+
+
 def every_table(tables: list[Table]) -> str:
     """The page of all measurements."""
     ordered = sorted(tables, key=lambda table: (table.gpu, table.op, table.model))
@@ -292,6 +318,7 @@ def on_page_markdown(text: str, page: Any, **_: Any) -> str:
     text = re.sub(r'^(```\w+.*?) needs="\w+"', r"\1", text, flags=re.MULTILINE)
     whole = [f"## {g.title()}\n\n{g.caption()}\n\n{g.markdown()}" for g in load_generations()]
     text = text.replace("<!-- ranks -->", ranks_table())
+    text = text.replace("<!-- small sums -->", sums_table())
     return text.replace("<!-- every benchmark -->", "\n\n".join([*whole, every_table(load())]))
 
 

@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ranks_parts import kernels_of, predicted
 from ranks_summary import gathered, table
 
 PHASES = ("prefill", "decode64", "decode1")
@@ -149,7 +150,9 @@ class _Process:
             for phase, logits in self.logits.items():  # fp32 takes the memory that ranks had
                 self._compare(phase, logits)
             if given.predict:
-                self._predict()
+                found, parts = predicted(given, notes.found, self.device, STEPS, notes.say)
+                notes.keep("predicted", found)
+                notes.keep("parts", parts)
         else:
             self._time_reductions()
             notes.flag("reduced")
@@ -222,7 +225,7 @@ class _Process:
             "sum": float(logits.double().sum()), "finite": bool(logits.isfinite().all()),
         }  # fmt: skip
         if step is not None and self.device == "cuda":
-            found |= self._kernels(step)
+            found |= kernels_of(step, self.device, self.notes.say)
         self.notes.keep(phase, found)
         self.notes.say(f"{phase}: {found['us'] / 1e3:.3f} ms, {found.get('kernels')} kernels")
         if self.rank is None:
@@ -282,25 +285,6 @@ class _Process:
 
         return measure, logits, decode.compile_s, decode.step
 
-    def _kernels(self, step: Any) -> dict[str, Any]:
-        """How many kernels a step has, and how often and long (us) those of each name ran."""
-        from inductor_moe.bench import profile
-        from inductor_moe.errors import InductorMoeError
-
-        held: dict[str, list[float]] = {}
-        try:
-            kernels = profile.record(step, self.device)
-        except InductorMoeError as error:  # after as many steps as on the other ranks
-            self.notes.say(str(error))
-            return {}
-        for kernel in kernels:
-            held.setdefault(kernel.name[:100], []).append(kernel.duration)
-        most = sorted(held.items(), key=lambda item: -sum(item[1]))
-        return {
-            "kernels": len(kernels),
-            "longest": [[name, len(times), sum(times)] for name, times in most[:40]],
-        }
-
     def _together(self) -> None:
         import torch
 
@@ -352,57 +336,6 @@ class _Process:
                 times.append((time.perf_counter() - start) / 20)
             found[str(tokens)] = statistics.median(times) * 1e6
         self.notes.keep("all_reduce_us", found)
-
-    def _predict(self) -> None:
-        """`bench scale` from this run's times of one GPU alone."""
-        import dataclasses
-
-        import torch
-
-        from inductor_moe.bench import ceilings, delta, measured, models, moe, results, run
-        from inductor_moe.bench.decoder import Decoder
-        from inductor_moe.bench.results import Row
-        from inductor_moe.bench.scale import Scale, Setup
-
-        given, best = self.given, ceilings.measure(self.device)
-        rows = []
-        for op, sizes in ((moe.BLOCK, [1, 64, given.prompt]), (delta.PREFILL, [given.prompt])):
-            for case in op.cases(given.model, self.device, sizes):
-                rows += run.measure(case, ["ours"], best)
-        self.notes.say(
-            ", ".join(f"{row.op} {row.label()}: {row.us} us {row.note}" for row in rows)
-        )
-        for phase in given.phases.split(","):
-            size = {"prompt": given.prompt, "batch": 1}
-            if phase != "prefill":
-                size = {"prompt": given.context, "batch": int(phase[6:]), "decode": STEPS}
-            op = "prefill" if phase == "prefill" else "decode"
-            name = f"{given.model} {given.quant}"
-            rows.append(Row(op, name, size, "ours", us=self.notes.found[phase]["us"]))
-        gpu = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
-        parts = given.folder / "parts.json"
-        parts.write_text(
-            results.Results(
-                gpu, results.versions(), results.commit(), " ".join(sys.argv), best, tuple(rows)
-            ).to_json()
-        )
-        decoder = Decoder.of(models.config_of(given.model, given.layers))
-        found = {}
-        for phase in given.phases.split(","):
-            setup = Setup(
-                given.quant, 1 if phase == "prefill" else int(phase[6:]),
-                given.context + STEPS // 2, given.prompt, heads=given.heads,
-                exchange="all-to-all" if given.exchange == "all-to-all" else "all-reduce",
-            )  # fmt: skip
-            scale = Scale(decoder, given.model, measured.load([parts], given.model), setup)
-            for count in (1, given.ranks):
-                one = scale.predict(count)
-                step = one.prefill if phase == "prefill" else one.decode
-                found[f"{phase} {count}"] = {
-                    **dataclasses.asdict(step), "us": step.seconds * 1e6, "memory": one.memory,
-                }  # fmt: skip
-        self.notes.keep("predicted", found)
-        self.notes.keep("parts", json.loads(parts.read_text()))
 
 
 def _bytes(model: Any) -> int:

@@ -93,12 +93,14 @@ class Rank:
 
     scheme        "none", "int4" or "int8", of the linear layers and the experts
     share_heads   whether attention and delta-rule layers are sharded, or whole on every rank
+    cut_shared    whether shared experts are, where their channels divide
     """
 
     decoder: Decoder
     scheme: str
     ranks: int = 1
     share_heads: bool = True
+    cut_shared: bool = True
 
     def alone(self) -> Rank:
         """The only rank of the same model."""
@@ -155,10 +157,13 @@ class Rank:
         return self._gated_mlp(self.decoder.inner)
 
     def every_token(self) -> Weights:
-        """The router and the shared expert of one layer, with its gate."""
+        """Of one layer the router, and the shared expert or a part of it, with its gate."""
         d = self.decoder
+        own = d.shared // self.ranks
+        divides = d.shared % self.ranks == 0 and (self.scheme != "int4" or own % GROUP == 0)
+        own = own if self.cut_shared and divides else d.shared
         gate = _dense(d.hidden) if d.shared else Weights()
-        return _dense(d.experts * d.hidden) + self._gated_mlp(d.shared) + gate
+        return _dense(d.experts * d.hidden) + self._gated_mlp(own) + gate
 
     def head(self) -> Weights:
         d = self.decoder

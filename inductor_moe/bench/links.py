@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from inductor_moe.ops.all_reduce import MAX_BYTES
+from inductor_moe.parallel_memory import MAX_RANKS
+
 
 @dataclass(frozen=True)
 class Link:
@@ -14,19 +17,25 @@ class Link:
     latency: float
 
 
-# 80 % of the 450 GB/s of NVLink 4; what NCCL took in a decode step of one token on two H200s
+# 80 % of the 450 GB/s of NVLink 4; half of what NCCL took for one token's sum on two H200s
 NVLINK = Link(360e9, 10e-6)
 NETWORK = Link(40e9, 6e-6)  # 80 % of 400 Gb/s for each GPU
 NODE = 8
+SMALL = 2.1 / 1e6  # what a sum of 4 KB through shared memory took on two H200s
 
 
 @dataclass(frozen=True)
 class Links:
-    """`near` joins the `node` GPUs of a node, `far` each of them with its peers in other nodes."""
+    """`near` joins the `node` GPUs of a node, `far` each of them with its peers in other nodes.
+
+    small  seconds of a sum through memory that the ranks of a node share, its bytes apart; None:
+           there is no such memory
+    """
 
     near: Link = NVLINK
     far: Link = NETWORK
     node: int = NODE
+    small: float | None = SMALL
 
     def nodes(self, ranks: int) -> int:
         return math.ceil(ranks / self.node)
@@ -44,7 +53,13 @@ class Links:
         return across + within
 
     def all_reduce(self, size: float, ranks: int) -> float:
-        """Seconds of a sum of `size` bytes: a reduce-scatter, and a gather as long."""
+        """Seconds of a sum of `size` bytes: a reduce-scatter, and a gather as long.
+
+        A small one in a node goes through shared memory: to each other rank, with flags as large.
+        """
+        shared = 1 < ranks <= min(self.node, MAX_RANKS) and size <= MAX_BYTES
+        if shared and self.small is not None:
+            return self.small + 2 * (ranks - 1) * size / self.near.bandwidth
         return 2 * self.all_gather(size, ranks)
 
     def all_to_all(self, size: float, ranks: int) -> float:

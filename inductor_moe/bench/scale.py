@@ -113,7 +113,8 @@ class Scale:
                 f"{experts} experts"
             )
         copies = ranks // group
-        rank = Rank(self.decoder, setup.scheme, group, setup.heads)
+        cut_shared = setup.exchange == "all-reduce"
+        rank = Rank(self.decoder, setup.scheme, group, setup.heads, cut_shared)
         batch = math.ceil(setup.batch / copies)
         return Prediction(
             ranks, group, copies,

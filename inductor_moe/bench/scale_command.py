@@ -54,6 +54,10 @@ def scale(
     network: Annotated[
         tuple[float, float], typer.Option(help="Between nodes, of each GPU: GB/s, us a step.")
     ] = (40, 6),
+    small_sum: Annotated[
+        float,
+        typer.Option(min=0, help="Of a sum through memory that a node shares, us; 0: without."),
+    ] = 2.1,
     efficiency: Annotated[
         float, typer.Option(help="Of the ceilings, by dense layers, if not measured whole.")
     ] = 0.7,
@@ -83,7 +87,7 @@ def scale(
         near, far = _link(Link, "nvlink", nvlink), _link(Link, "network", network)
         setup = Setup(
             models.known_scheme(quant), batch, context, prompt, group, exchange, heads,
-            Links(near, far, node), efficiency,
+            Links(near, far, node, small_sum / 1e6 or None), efficiency,
         )  # fmt: skip
         with errors.status("predicting"):
             decoder = Decoder.of(models.config_of(model))

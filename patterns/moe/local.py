@@ -135,7 +135,7 @@ def walk(router: fx.Node) -> LocalSite:
         raise Refusal("the experts read the choices in another way")
     total, held = sizes(router.args[5])[0], _held(experts)
     first, own = _read(ids, weights, chosen, total, held)
-    return LocalSite(router, experts, *places, first, own)
+    return LocalSite(router, experts, places[0], places[1], first, own)
 
 
 def _held(experts: fx.Node) -> int:

@@ -20,9 +20,10 @@ from inductor_moe.bench.scale_command import rank_counts
 from inductor_moe.cli import app
 from inductor_moe.errors import InductorMoeError
 from inductor_moe.parallel_heads import layers_to_share, shard_heads
+from inductor_moe.parallel_shared import keep_channels, shared_expert_to_cut
 
 QWEN = "qwen3.5-35b-a3b"
-LINKS = Links(Link(100e9, 2e-6), Link(10e9, 5e-6), 4)
+LINKS = Links(Link(100e9, 2e-6), Link(10e9, 5e-6), 4, None)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,15 @@ def test_collectives_by_hand(ranks, gather, to_all):
     assert LINKS.all_to_all(1e9, ranks) == pytest.approx(to_all, abs=1e-12)
 
 
+def test_small_sums_by_hand():
+    links = dataclasses.replace(LINKS, small=1e-6)
+    assert links.all_reduce(4096, 2) == pytest.approx(1e-6 + 2 * 4096 / 100e9)
+    assert links.all_reduce(4096, 4) == pytest.approx(1e-6 + 3 * 2 * 4096 / 100e9)
+    assert links.all_reduce(4096, 1) == 0
+    for size, ranks in ((4096, 8), ((256 << 10) + 1, 2)):  # across nodes, and too large
+        assert links.all_reduce(size, ranks) == LINKS.all_reduce(size, ranks)
+
+
 def test_the_busiest_rank_by_hand():
     # Two of two coin tosses each: the larger is 0, 1, 2 with chances 1/16, 8/16, 7/16.
     assert busiest(2, 0.5, 2) == pytest.approx(22 / 16)
@@ -80,6 +90,19 @@ def test_weights_are_those_of_the_model_and_of_its_parts(scheme):
         own = [t for name, t in (*layer.module.named_parameters(), *layer.module.named_buffers())
                if "norm" not in name and name not in ("A_log", "dt_bias")]  # fmt: skip
         assert bytes_of(own) == (part.attention() if attention else part.delta()).bytes
+
+
+@pytest.mark.parametrize("scheme", ["none", "int8"])
+def test_a_rank_has_its_part_of_shared_experts(scheme):
+    model = models.build("tiny", scheme, "cpu")
+    block = model.model.layers[0].mlp
+    keep_channels(shared_expert_to_cut(block, 2), 1, 2)
+    own = [t for name, t in (*block.named_parameters(), *block.named_buffers())
+           if not name.startswith("experts.")]  # fmt: skip
+    decoder = Decoder.of(model.config)
+    assert bytes_of(own) == Rank(decoder, scheme, 2).every_token().bytes
+    whole = Rank(decoder, scheme, 2, cut_shared=False).every_token()
+    assert whole == Rank(decoder, scheme).every_token() != Rank(decoder, scheme, 2).every_token()
 
 
 def bytes_of(tensors):
@@ -199,8 +222,13 @@ def test_more_ranks_compute_less_and_talk_more(published, qwen, scheme):
             assert after.seconds - after.links < before.seconds - before.links
             assert after.links > before.links
         assert more.memory < fewer.memory
-    shared = Scale(qwen, QWEN, published, Setup(scheme, exchange="faster"))
-    assert shared.predict(64).prefill.seconds <= found.predict(64).prefill.seconds
+    # Shared experts that may get a slice of the tokens are whole, as with all-to-all.
+    each = {
+        exchange: Scale(qwen, QWEN, published, Setup(scheme, exchange=exchange)).predict(4)
+        for exchange in ("faster", "all-to-all", "all-reduce")
+    }
+    assert each["faster"].prefill.seconds <= each["all-to-all"].prefill.seconds
+    assert each["faster"].memory == each["all-to-all"].memory > each["all-reduce"].memory
     slow = Setup(scheme, links=Links(Link(10e9, 3e-6), Link(1e9, 6e-6)))
     assert Scale(qwen, QWEN, published, slow).predict(8).decode.links > series[3].decode.links
     larger = Scale(qwen, QWEN, published, Setup(scheme, batch=256, context=4096, prompt=32768))
@@ -279,4 +307,5 @@ def test_documented_defaults_are_those_of_the_command():
     for argument, link in (("nvlink", links.near), ("network", links.far)):
         default = f"{link.bandwidth / 1e9:g} GB/s, {link.latency * 1e6:g} µs"
         assert f"| `--{argument}` | {default} |" in text
+    assert f"| `--small-sum` | {links.small * 1e6:g} µs |" in text
     assert f"| `--node` | {links.node} |" in text and f"{scale.EFFICIENCY} unless told" in text

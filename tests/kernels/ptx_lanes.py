@@ -94,7 +94,7 @@ def inline_asm_elementwise(
     letters = unwrap(constraints).split(",")
     assert letters[0] == "=r" and len(letters) == len(args) + 1 and unwrap(pack) == 1
     assert not unwrap(is_pure)
-    given = [tl.to_tensor(argument).handle.data for argument in args]
+    given = [argument.handle.data for argument in args]
     for letter, each in zip(letters[1:], given, strict=True):
         assert each.dtype.itemsize == {"r": 4, "l": 8}[letter], (letter, each.dtype)
     lanes = np.broadcast_arrays(*given)
