@@ -141,3 +141,8 @@ def tracing_backend_is_ours() -> bool:
             backend, "compiler_fn", None
         )
     return False
+
+
+def exporting() -> bool:
+    """Whether torch.export runs. Dynamo of torch 2.11 takes `is_exporting()` for always true."""
+    return torch.compiler._is_exporting_flag
