@@ -51,6 +51,7 @@ class Backend:
         """
         from inductor_moe import compat
 
+        compat.start_compile_workers()
         ours, inductor_options = parse(options)
         patches = compat.inductor_config(mode, inductor_options)
         if _needs_gradients(example_inputs):
@@ -210,16 +211,20 @@ _backend = Backend()
 
 def __getattr__(name: str) -> Any:
     # Resolving the backend, by name or by import, comes before Dynamo traces: the moment to
-    # install what replaces functions during tracing. Importing this module alone stays cheap.
+    # install what replaces functions during tracing and to start what takes long to start.
+    # Importing this module alone stays cheap.
     if name != "inductor_moe":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    _install_capture()
+    _prepare()
     return _backend
 
 
 @functools.cache
-def _install_capture() -> None:
+def _prepare() -> None:
+    from inductor_moe import compat
     from inductor_moe.capture import delta_rule, experts
+
+    compat.start_compile_workers()
 
     delta_rule.install()
     experts.install()

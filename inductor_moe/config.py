@@ -24,6 +24,8 @@ class Options:
     limit    rewrite at most so many sites of a compile, in graph order within each rewrite
     int8_activations  in calls of many tokens, multiply int4 weights with activations that are
              rounded to int8 for each token and group (W4A8)
+    dependent_launch  on GPUs of compute capability 9.0 and later, place a kernel's programs while
+             the kernel before it ends (programmatic dependent launch)
     """
 
     strict: bool = False
@@ -31,6 +33,7 @@ class Options:
     verify: bool = False
     limit: int | None = None
     int8_activations: bool = False
+    dependent_launch: bool = True
 
     def enabled(self, rewrite: str) -> bool:
         """Whether the rewrite of this name may run."""
@@ -84,8 +87,9 @@ def _check(name: str, value: Any) -> Any:
 
 def _check_rewrite_names(names: list[str] | tuple[str, ...]) -> None:
     from inductor_moe.patterns import ALL
+    from inductor_moe.patterns.delta_rule import convolution
 
-    known = [rewrite.name for rewrite in ALL]
+    known = [*(rewrite.name for rewrite in ALL), convolution.NAME]
     for name in names:
         if not any(rewrite == name or rewrite.startswith(name + ".") for rewrite in known):
             raise UnknownOptionError(

@@ -40,7 +40,7 @@ class Exchange:
     def slices(self, tokens: int) -> bool:
         """Whether so many tokens are shared out. In a package, which cannot wait, "auto" never."""
         if self.scheme == "auto":
-            return not torch.compiler.is_exporting() and tokens >= self.first
+            return not compat.exporting() and tokens >= self.first
         return self.scheme == "all-to-all"
 
     def own(self, x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from inductor_moe.errors import RewriteFailedWarning, StrictError
 from inductor_moe.ops.all_reduce import shared_groups
 from inductor_moe.patterns import ALL, Refusal, Rewrite
 from inductor_moe.patterns.all_reduce import left_to_backends
+from inductor_moe.patterns.delta_rule import convolution
 from inductor_moe.patterns.int8_activations import mark_int8_activations
 from inductor_moe.report import Report, Site
 from inductor_moe.tiles import user_folder
@@ -109,6 +110,9 @@ def rewrite(graph: fx.Graph, options: Options) -> list[Site]:
         # What a rewrite replaced must not count as a user of what the next one reads, nor stay
         # for being random, as attention is to PyTorch.
         graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=node not in taken))
+    rules = any(site.matched and site.op == "delta_rule" for _, site in found)
+    if rules and options.limit is None and options.enabled(convolution.NAME):
+        _spread_convolutions(graph, options)
     # One form's refusal says nothing where another form fused the same site, and what a form
     # makes of another's op is one site with it.
     if options.int8_activations:
@@ -122,6 +126,13 @@ def rewrite(graph: fx.Graph, options: Options) -> list[Site]:
         if (site.matched and anchor not in refined)
         or not (site.matched or anchor in taken or site.rewrite in optional)
     ]
+
+
+def _spread_convolutions(graph: fx.Graph, options: Options) -> None:
+    try:
+        convolution.spread_convolutions(graph)
+    except Exception as error:
+        _failed("spreading convolutions", error, options)
 
 
 def _with_int8_activations(
@@ -219,13 +230,16 @@ class _undone_on_error:
         self.graph, self.before = graph, before
 
     def __enter__(self) -> None:
-        # Both are immutable: a change puts others in their place.
-        self.arguments = {node: (node.args, node.kwargs) for node in self.before}
+        # Both are immutable: a change puts others in their place. Kept as lists: a pair for every
+        # node of a model, for every site, keeps the garbage collector busy.
+        self.nodes = list(self.before)
+        self.args = [node.args for node in self.nodes]
+        self.kwargs = [node.kwargs for node in self.nodes]
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:
             return
-        for node, (args, kwargs) in self.arguments.items():
+        for node, args, kwargs in zip(self.nodes, self.args, self.kwargs, strict=True):
             if node.args is not args or node.kwargs is not kwargs:
                 node.args, node.kwargs = args, kwargs
         added = [node for node in self.graph.nodes if node not in self.before]

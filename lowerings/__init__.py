@@ -15,6 +15,7 @@ def install() -> None:
     from inductor_moe.lowerings import attention, delta_rule, merged_linear, moe, quant
 
     compat.remember_launches()
+    compat.launch_dependently()
     attention.register()
     moe.register()
     delta_rule.register()

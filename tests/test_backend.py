@@ -199,7 +199,19 @@ def test_a_report_is_found_whatever_strides_an_operator_chose():
     assert key(rows, rows) != key(rows, columns)
 
 
+COMPILE_IN_THREADS = """
+import threading, torch
+run = lambda: torch.compile(torch.nn.Linear(4, 4), backend="eager")(torch.ones(2, 4))
+threads = [threading.Thread(target=run) for _ in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+
+
 def test_threads_compile_at_once():
+    alone = subprocess.run([sys.executable, "-c", COMPILE_IN_THREADS], capture_output=True)
+    if alone.returncode < 0:
+        pytest.skip("Dynamo itself crashes when threads compile at once, as torch 2.11's does")
     errors = []
 
     def compile_one(index):

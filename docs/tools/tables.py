@@ -37,6 +37,7 @@ class Table:
     cells: dict[int, dict[str, tuple[float | None, float | None]]]
     eager_error: dict[int, float | None]
     of_ceiling: dict[int, float | None]
+    rates: dict[int, tuple[float, float]]  # of inductor_moe: TB/s and TFLOP/s
 
 
 def load(folder: Path = RESULTS) -> list[Table]:
@@ -62,13 +63,27 @@ def _tables(held: dict[str, Any]) -> list[Table]:
         key = (row["op"], row["model"])
         if key not in tables:
             tables[key] = Table(
-                *key, dimension, held["gpu"], versions, held["commit"], held["command"], {}, {}, {}
+                *key,
+                dimension,
+                held["gpu"],
+                versions,
+                held["commit"],
+                held["command"],
+                {},
+                {},
+                {},
+                {},
             )
         table = tables[key]
         table.cells.setdefault(size, {})[row["provider"]] = (row["us"], row["error"])
         table.eager_error[size] = row["eager_error"]
         if row["provider"] == "ours":
             table.of_ceiling[size] = row["of_ceiling"]
+            if row["us"]:
+                table.rates[size] = (
+                    row["bytes"] / row["us"] / 1e6,
+                    row["flops"] / row["us"] / 1e6,
+                )
     return list(tables.values())
 
 
@@ -132,7 +147,7 @@ def markdown(table: Table) -> str:
     head = [table.dimension, *(f"{NAMES[name]}, µs" for name in providers)]
     head += [f"{NAMES[name]} / inductor_moe" for name in others]
     bounded = any(share is not None for share in table.of_ceiling.values())
-    head += ["of the least possible time"] * bounded + ["error (eager's)"]
+    head += ["TB/s", "TFLOP/s"] + ["of the least possible time"] * bounded + ["error (eager's)"]
     lines = [_line(head), _line(["---:"] * len(head))]
     for size, row in sorted(table.cells.items()):
         ours, error = row.get("ours", (None, None))
@@ -140,6 +155,7 @@ def markdown(table: Table) -> str:
         for name in others:
             other = row.get(name, (None,))[0]
             line.append(_shown(other / ours if other and ours else None, "{:.2f}"))
+        line += [_shown(rate, "{:.3g}") for rate in table.rates.get(size, (None, None))]
         if bounded:
             line.append(_shown(table.of_ceiling.get(size), "{:.0%}"))
         eager = table.eager_error[size]

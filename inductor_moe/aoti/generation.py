@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,8 @@ from inductor_moe.errors import ExportError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+log = logging.getLogger("inductor_moe")
 
 EXAMPLE_TOKENS = 1024  # tiles are those for prompts of about this length
 
@@ -59,7 +63,7 @@ def export_generation(
 
     Raises ExportError for a model that cannot be exported, PackageError if the package would need
     Python, StrictError under ``strict``. The reports of both methods are appended to
-    inductor_moe.reports(), prefill first.
+    inductor_moe.reports(), prefill first; how long each part took is logged at level INFO.
     """
     _check(model, max_seq_len, batch_size, sampling)
     if (options or {}).get("aot_inductor.cross_target_platform"):
@@ -77,9 +81,17 @@ def export_generation(
         states = read_states(model, batch_size, max_seq_len)
         for method in ("prefill", "decode"):
             step = Step(model, states, feed=method == "decode", sample=sampling == "top_p")
+            start = time.perf_counter()
             exported = _export(step, states, method, max_seq_len, batch_size)
+            traced = time.perf_counter()
             patches, fusion, ours = fused_configs(options)
             files[method], constants = compat.aoti_compile(exported, patches)
+            log.info(
+                "export_generation: %s traced in %.1f s, compiled in %.1f s",
+                method,
+                traced - start,
+                time.perf_counter() - traced,
+            )
             report = reporting.merge(fusion.reports)
             reporting.record(report)
             if ours.strict:
@@ -89,6 +101,7 @@ def export_generation(
             # Lest what this method needed stays in memory while the next one is compiled.
             del exported, constants, patches, fusion
     config = model.config.get_text_config(decoder=True)
+    start = time.perf_counter()
     archive.write(
         package_path,
         files,
@@ -114,6 +127,7 @@ def export_generation(
             group="" if device_mesh is None else str(device_mesh.get_group().group_name),
         ),
     )
+    log.info("export_generation: written in %.1f s", time.perf_counter() - start)
     return os.fspath(package_path)
 
 

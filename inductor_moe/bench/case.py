@@ -17,7 +17,7 @@ from inductor_moe.compat import tree_leaves
 class Case:
     """A call at one size.
 
-    op        "moe-block", "moe-experts", "delta-prefill" or "delta-decode"
+    op        a name in `run.OPS`
     model     a name in `shapes.MODELS`
     size      what varies: {"tokens": M} or {"batch": B}
     call      the unmodified code; takes one entry of `inputs`
@@ -27,6 +27,7 @@ class Case:
     rows      how many leading rows of dim 0 of every output `expected` covers; None for all
     bytes     that a call has to move, weights, inputs, states and outputs, each once
     flops     that a call has to do
+    pieces    the same as call a piece at a time, where whole it would not fit the GPU's memory
     peers     provider -> a callable of its own for the same inputs and outputs
     absent    provider -> why it is not asked
     """
@@ -40,6 +41,7 @@ class Case:
     bytes: float
     flops: float
     rows: int | None = None
+    pieces: Callable[..., Any] | None = None
     peers: dict[str, Callable[[], Callable[..., Any]]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
 

@@ -25,6 +25,7 @@ EXAMPLES = (
     "bench moe-block delta-decode --against inductor,fla --json results.json",
     "bench moe-experts --model mixtral-8x7b --sizes 1,16,1024 --plot roofline.png",
     "bench --show results.json",
+    "bench moe-block --show h100.json --show more.json --plot roofline.svg",
 )
 TUNE_EXAMPLES = (
     "tune",
@@ -60,7 +61,7 @@ def layers(
         list[str] | None,
         typer.Argument(
             metavar="[OP]...",
-            help="moe-block, moe-experts, delta-prefill, delta-decode; all of them if none.",
+            help="moe-block, moe-experts, delta-prefill, delta-prompts, delta-decode; none: all.",
         ),
     ] = None,
     model: Annotated[
@@ -81,8 +82,10 @@ def layers(
         Path | None, typer.Option(help="Write a roofline picture here.", dir_okay=False)
     ] = None,
     show: Annotated[
-        Path | None,
-        typer.Option(help="Time nothing; show the rows of this file.", dir_okay=False),
+        list[Path] | None,
+        typer.Option(
+            help="Time nothing; show the rows of this file; again for more.", dir_okay=False
+        ),
     ] = None,
 ) -> None:
     """Time layers of real models: this backend against other ways to run the same code.
@@ -103,7 +106,8 @@ def layers(
         from inductor_moe.bench.plot import roofline
 
         if show:
-            found = results.Results.load(show)
+            held = [results.Results.load(path) for path in show]
+            found = results.merged(held, ops or (), model or ())
         else:
             device = generation_command.chosen_device(device)
             console.print("[dim]op model size provider: microseconds, error (eager's)[/]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,8 +15,9 @@ from inductor_moe.bench.case import Case, Op, draws, outcome, randn
 from inductor_moe.bench.shapes import Delta, delta_layer, model_named, transformers_class
 from inductor_moe.reference import delta_rule as reference
 
-PROMPTS = (512, 2048, 4096, 8192, 32768)
+LENGTHS = (512, 2048, 4096, 8192, 32768)
 BATCHES = (1, 8, 32, 128, 256)
+PROMPT, TOGETHER = 2048, (1, 8)
 LONGEST_UNROLLED = 2048
 
 
@@ -25,11 +27,14 @@ class Prefill(nn.Module):
     def __init__(self, shape: Delta, device: str) -> None:
         super().__init__()
         self.shape = shape
-        self.A_log = nn.Parameter(
-            torch.empty(shape.value_heads, device=device).uniform_(0, 16).log()
-        )
-        bias = torch.ones(shape.value_heads, self.channels(), device=device)
-        self.dt_bias = nn.Parameter(bias if shape.gate == "channel" else bias[:, 0].clone())
+        # as transformers' layers of these gates draw them
+        least, dt = 0.0, torch.ones(shape.value_heads, device=device)
+        if shape.gate == "channel":
+            size = (shape.value_heads, shape.key)
+            least, dt = 1.0, torch.empty(size, device=device).uniform_(*map(math.log, (1e-3, 0.1)))
+            dt = dt.exp() + torch.log(-torch.expm1(-dt.exp()))
+        rate = torch.empty(shape.value_heads, device=device).uniform_(least, 16)
+        self.A_log, self.dt_bias = nn.Parameter(rate.log()), nn.Parameter(dt)
         family, rule = {
             "head": ("qwen3_5", "torch_chunk_gated_delta_rule"),
             "channel": ("kimi_linear", "chunk_kimi_delta_attention"),
@@ -57,6 +62,21 @@ class Prefill(nn.Module):
             output_final_state=True, use_qk_l2norm_in_kernel=True,
         )  # fmt: skip
         return out, state
+
+    def by_heads(
+        self, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same, head by head: a channel's decay takes [T, 64, K] floats of every head."""
+        g, beta = self.gates(a, b)
+        heads = [
+            self.rule(
+                *(x[:, :, i : i + 1] for x in (self.spread(q), self.spread(k), v)),
+                g=g[:, :, i : i + 1], beta=beta[:, :, i : i + 1], initial_state=None,
+                output_final_state=True, use_qk_l2norm_in_kernel=True,
+            )
+            for i in range(v.shape[2])
+        ]  # fmt: skip
+        return torch.cat([out for out, _ in heads], 2), torch.cat([end for _, end in heads], 1)
 
     def exact(self, arguments: tuple[Tensor, ...]) -> list[Tensor]:
         q, k, v, a, b = (argument.double() for argument in arguments)
@@ -86,37 +106,50 @@ def fla_prefill(layer: Prefill) -> Callable[..., Any]:
 
 
 def prefill_cases(model: str, device: str, sizes: list[int]) -> Iterator[Case]:
+    for tokens in sizes:
+        yield from prompts_case("delta-prefill", model, device, 1, tokens)
+
+
+def together_cases(model: str, device: str, sizes: list[int]) -> Iterator[Case]:
+    """Several prompts of 2048 tokens."""
+    for batch in sizes:
+        yield from prompts_case("delta-prompts", model, device, batch, PROMPT)
+
+
+def prompts_case(op: str, model: str, device: str, batch: int, tokens: int) -> Iterator[Case]:
     shape = model_named(model).delta
     if shape is None:
         return
     layer = Prefill(shape, device).requires_grad_(False)
     wide = layer.channels()
-    for tokens in sizes:
-        values = shape.value_heads * shape.value
-        state = 4 * shape.value_heads * shape.key * shape.value
-        moved = state + 2 * tokens * (
-            2 * shape.heads * shape.key + 2 * values + shape.value_heads * (wide + 1)
+    values = shape.value_heads * shape.value
+    state = 4 * shape.value_heads * shape.key * shape.value
+    moved = batch * (
+        state
+        + 2 * tokens * (2 * shape.heads * shape.key + 2 * values + shape.value_heads * (wide + 1))
+    )
+
+    def drawn(*width: int) -> Tensor:
+        return randn(batch, tokens, *width, device=device)
+
+    gate = (shape.value_heads, wide) if shape.gate == "channel" else (shape.value_heads,)
+    inputs = [
+        (
+            drawn(shape.heads, shape.key), drawn(shape.heads, shape.key),
+            drawn(shape.value_heads, shape.value), drawn(*gate), drawn(shape.value_heads),
         )
-
-        def drawn(*width: int, tokens: int = tokens) -> Tensor:
-            return randn(1, tokens, *width, device=device)
-
-        gate = (shape.value_heads, wide) if shape.gate == "channel" else (shape.value_heads,)
-        inputs = [
-            (
-                drawn(shape.heads, shape.key), drawn(shape.heads, shape.key),
-                drawn(shape.value_heads, shape.value), drawn(*gate), drawn(shape.value_heads),
-            )
-            for _ in range(min(8, draws(moved, device)))
-        ]  # fmt: skip
-        unrolled = "unrolls its loop over chunks: minutes of compilation"
-        yield Case(
-            op="delta-prefill", model=model, size={"tokens": tokens}, call=layer, inputs=inputs,
-            expected=layer.exact, bytes=moved,
-            flops=6 * tokens * values * shape.key,
-            peers={"fla": lambda: fla_prefill(layer)},
-            absent={"inductor": unrolled} if tokens > LONGEST_UNROLLED else {},
-        )  # fmt: skip
+        for _ in range(min(8, draws(moved, device)))
+    ]  # fmt: skip
+    unrolled = "unrolls its loop over chunks: minutes of compilation"
+    yield Case(
+        op=op, model=model,
+        size={"tokens": tokens} if op == "delta-prefill" else {"batch": batch},
+        call=layer, inputs=inputs, expected=layer.exact, bytes=moved,
+        flops=6 * batch * tokens * values * shape.key,
+        pieces=layer.by_heads if shape.gate == "channel" else None,
+        peers={"fla": lambda: fla_prefill(layer)},
+        absent={"inductor": unrolled} if tokens > LONGEST_UNROLLED else {},
+    )  # fmt: skip
 
 
 class _Part(nn.Module):
@@ -183,5 +216,6 @@ def decode_cases(model: str, device: str, sizes: list[int]) -> Iterator[Case]:
         )  # fmt: skip
 
 
-PREFILL = Op("delta-prefill", "tokens", PROMPTS, prefill_cases)
+PREFILL = Op("delta-prefill", "tokens", LENGTHS, prefill_cases)
+PROMPTS = Op("delta-prompts", "batch", TOGETHER, together_cases)
 DECODE = Op("delta-decode", "batch", BATCHES, decode_cases)

@@ -84,6 +84,22 @@ def touched(shape: Moe, tokens: int) -> float:
     return shape.experts * (1 - (1 - shape.top_k / shape.experts) ** tokens)
 
 
+def experts_read(experts: nn.Module, call: Callable[..., Any], inputs: list[Tensor]) -> float:
+    """How many distinct experts a call routes its tokens to, mean over inputs."""
+    counts: list[int] = []
+
+    def count(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = (*arguments, *named.values())
+        (ids,) = (a for a in given if isinstance(a, Tensor) and not a.is_floating_point())
+        counts.append(ids.unique().numel())
+
+    hook = experts.register_forward_pre_hook(count, with_kwargs=True)
+    for x in inputs:
+        call(x)
+    hook.remove()
+    return sum(counts) / len(counts)
+
+
 def block_cases(model: str, device: str, sizes: list[int]) -> Iterator[Case]:
     shape = model_named(model).moe
     if shape is None:
@@ -92,13 +108,14 @@ def block_cases(model: str, device: str, sizes: list[int]) -> Iterator[Case]:
     call, exact = first_output(block), first_output(exact_block(block))
     dense = shape.experts * shape.hidden + 3 * shape.hidden * shape.shared
     for tokens in sizes:
-        weights = touched(shape, tokens) * shape.expert_parameters()
-        moved = 2 * (weights + dense + 2 * tokens * shape.hidden)
+        about = 2 * touched(shape, tokens) * shape.expert_parameters()
         rows = min(tokens, CHECKED_ROWS)
         inputs = [
-            randn(1, tokens, shape.hidden, device=device) for _ in range(draws(moved, device))
+            randn(1, tokens, shape.hidden, device=device) for _ in range(draws(about, device))
         ]
         inputs[0][:, :rows] = decisive_rows(call, exact, inputs[0][:, :rows].clone())
+        weights = experts_read(block.experts, call, inputs) * shape.expert_parameters()
+        moved = 2 * (weights + dense + 2 * tokens * shape.hidden)
 
         def expected(arguments: tuple[Tensor], rows: int = rows) -> list[Tensor]:
             return outcome(exact, (arguments[0][:, :rows].double(),), None)
@@ -118,15 +135,16 @@ def experts_cases(model: str, device: str, sizes: list[int]) -> Iterator[Case]:
     experts: Any = moe_block(shape, device).experts
     exact = exact_experts(experts)
     for tokens in sizes:
-        weights = touched(shape, tokens) * shape.expert_parameters()
-        moved = 2 * (weights + 2 * tokens * shape.hidden)
+        about = 2 * touched(shape, tokens) * shape.expert_parameters()
         rows = min(tokens, CHECKED_ROWS)
         inputs = []
-        for _ in range(draws(moved, device)):
+        for _ in range(draws(about, device)):
             scores = torch.rand(tokens, shape.experts, device=device)
             top, ids = scores.topk(shape.top_k)
             share = (top / top.sum(-1, keepdim=True)).bfloat16()
             inputs.append((randn(tokens, shape.hidden, device=device), ids, share))
+        read = sum(ids.unique().numel() for _, ids, _ in inputs) / len(inputs)
+        moved = 2 * (read * shape.expert_parameters() + 2 * tokens * shape.hidden)
 
         def expected(arguments: tuple[Tensor, ...], rows: int = rows) -> list[Tensor]:
             x, ids, share = (argument[:rows] for argument in arguments)

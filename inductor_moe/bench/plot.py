@@ -9,6 +9,7 @@ from inductor_moe.bench.results import Results
 from inductor_moe.errors import InductorMoeError
 
 MARKERS = {"ours": "o", "inductor": "s", "eager": "v", "fla": "D"}
+NAMES = {"ours": "inductor_moe", "inductor": "Inductor", "eager": "eager", "fla": "fla"}
 
 
 def roofline(results: Results, path: Path) -> None:
@@ -17,10 +18,11 @@ def roofline(results: Results, path: Path) -> None:
     Raises InductorMoeError without matplotlib, or without a row to show.
     """
     try:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InductorMoeError("--plot: needs matplotlib; pip install matplotlib") from error
-    timed = [row for row in results.rows if row.us]
+    timed = [row for row in results.rows if row.us and row.bytes]
     if not timed:
         raise InductorMoeError("--plot: no row has a time")
     figure = Figure(figsize=(9, 5.5), layout="constrained")
@@ -32,9 +34,9 @@ def roofline(results: Results, path: Path) -> None:
     roof = sorted({low, min(max(knee, low), high), high})
     heights = [min(best.flops, best.read * x) / 1e12 for x in roof]
     axes.plot(roof, heights, color="0.3", label=f"{results.gpu}, measured")
-    colours = {
-        key: f"C{i}" for i, key in enumerate(dict.fromkeys((row.op, row.model) for row in timed))
-    }
+    kinds = list(dict.fromkeys((row.op, row.model) for row in timed))
+    shades = colormaps["tab20" if len(kinds) > 10 else "tab10"].colors
+    colours = {kind: shades[i % len(shades)] for i, kind in enumerate(kinds)}
     for (op, model), colour in colours.items():
         for provider, marker in MARKERS.items():
             some = [r for r in timed if (r.op, r.model, r.provider) == (op, model, provider)]
@@ -45,12 +47,15 @@ def roofline(results: Results, path: Path) -> None:
                     marker,
                     color=colour,
                     fillstyle="full" if provider == "ours" else "none",
-                    label=f"{op} {model}: {provider}",
                 )
+        axes.plot([], [], "s", color=colour, label=f"{op}, {model}")
+    for provider in dict.fromkeys(row.provider for row in timed):
+        fill = "full" if provider == "ours" else "none"
+        axes.plot([], [], MARKERS[provider], color="0.3", fillstyle=fill, label=NAMES[provider])
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("FLOP a byte moved")
     axes.set_ylabel("TFLOP/s")
     axes.grid(True, which="major", alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=150)

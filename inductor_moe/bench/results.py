@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,28 @@ class Results:
             raise InductorMoeError(f"{path}: not the JSON of a benchmark: {error}") from error
 
 
+def merged(found: Sequence[Results], ops: Sequence[str], models: Sequence[str]) -> Results:
+    """The rows of several runs on one GPU, those of certain ops and models; none means all.
+
+    The ceilings are the highest measured. Raises InductorMoeError for runs on different GPUs, or
+    if no row is left.
+    """
+    gpus = dict.fromkeys(each.gpu for each in found)
+    if len(gpus) != 1:
+        raise InductorMoeError(f"show: expected results of one GPU, got {', '.join(gpus)}")
+    rows = tuple(
+        row
+        for each in found
+        for row in each.rows
+        if (not ops or row.op in ops) and (not models or row.model in models)
+    )
+    if not rows:
+        raise InductorMoeError("show: the files have no row of these ops and models")
+    limits = [dataclasses.astuple(each.ceilings) for each in found]
+    best = Ceilings(*(max(values) for values in zip(*limits, strict=True)))
+    return dataclasses.replace(found[0], ceilings=best, rows=rows)
+
+
 def versions() -> dict[str, str]:
     import importlib.metadata as metadata
 
@@ -148,7 +171,8 @@ def table(rows: list[Row] | tuple[Row, ...], op: str, model: str) -> Table:
     for provider in providers:
         view.add_column(provider, justify="right")
         if provider == "ours":
-            view.add_column("of ceiling", justify="right")
+            for heading in ("of ceiling", "TB/s", "TFLOP/s"):
+                view.add_column(heading, justify="right")
         elif "ours" in providers:
             view.add_column("ours is", justify="right")
     for label in dict.fromkeys(row.label() for row in chosen):
@@ -161,6 +185,8 @@ def table(rows: list[Row] | tuple[Row, ...], op: str, model: str) -> Table:
             if provider == "ours":
                 share = row.of_ceiling if row else None
                 cells.append(f"{share:.0%}" if share else "-")
+                rates = (row.bytes, row.flops) if row and row.us else ()
+                cells += [f"{rate / row.us / 1e6:.3g}" for rate in rates] or ["-", "-"]  # type: ignore[union-attr, operator]
             elif "ours" in providers:
                 both = row and row.us and ours and ours.us
                 cells.append(f"{row.us / ours.us:.2f}x" if both else "-")  # type: ignore[operator, union-attr]

@@ -19,7 +19,9 @@ from inductor_moe.bench.results import Row
 from inductor_moe.bench.shapes import model_named
 from inductor_moe.errors import InductorMoeError
 
-OPS: dict[str, Op] = {op.name: op for op in (moe.BLOCK, moe.EXPERTS, delta.PREFILL, delta.DECODE)}
+OPS: dict[str, Op] = {
+    op.name: op for op in (moe.BLOCK, moe.EXPERTS, delta.PREFILL, delta.PROMPTS, delta.DECODE)
+}
 SLACK, FLOOR = 2.0, 1e-5
 
 
@@ -79,7 +81,7 @@ def measure(case: Case, names: Sequence[str], best: ceilings.Ceilings) -> Iterat
     """A row for every provider, in order; one that is wrong or fails gets no time but a note."""
     sample = copy.deepcopy(case.inputs[0])  # timing moves the states of the inputs on
     expected = case.expected(sample)
-    eager_error = relative_error(outcome(case.call, sample, case.rows), expected)
+    eager_error = relative_error(outcome(case.pieces or case.call, sample, case.rows), expected)
     least = max(case.bytes / best.read, case.flops / best.flops) * 1e6
     for name in dict.fromkeys(names):
         common: dict[str, Any] = {

@@ -124,8 +124,13 @@ def moe_block(shape: Moe, device: str, dtype: torch.dtype = torch.bfloat16) -> n
     """transformers' whole MoE block with random weights, experts as `grouped_mm`."""
     config = transformers_class(shape.config)(hidden_size=shape.hidden, **dict(shape.options))
     config._experts_implementation = "grouped_mm"
-    with torch.device(device):
-        block: nn.Module = transformers_class(shape.block)(config).to(dtype).eval()
+    held = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # a fp32 copy of DeepSeek-V3's experts takes 45 GB
+    try:
+        with torch.device(device):
+            block: nn.Module = transformers_class(shape.block)(config).to(dtype).eval()
+    finally:
+        torch.set_default_dtype(held)
     for name, tensor in (*block.named_parameters(), *block.named_buffers()):
         if tensor.is_floating_point():
             std = 0.02 if tensor.dim() > 1 and "gate_up" not in name else 0.04

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,17 +14,23 @@ WARM_UPS, REPLAYS = 5, 30
 
 
 def microseconds(
-    call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]
+    call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], give_up: float = math.inf
 ) -> tuple[float, float]:
     """(median, interquartile range) of one call, over rotating inputs.
 
     On a GPU one CUDA graph holds a call for every entry of `inputs`, and is replayed 30 times, so
     every kernel is counted and no host time. Give it enough inputs that what a call reads is no
     longer in the cache when its turn comes again. Elsewhere it is wall-clock time.
+
+    A call that takes longer than give_up even at the best of the warm-ups is not timed further:
+    that best is returned, without a range.
     """
     on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs[0])
     once = _graphed(call, inputs) if on_gpu else _plain(call, inputs)
-    times = [once() for _ in range(WARM_UPS + REPLAYS)][WARM_UPS:]
+    fastest = min(once() for _ in range(WARM_UPS))
+    if fastest > give_up:
+        return fastest, 0.0
+    times = [once() for _ in range(REPLAYS)]
     quartiles = statistics.quantiles(times, n=4)
     return statistics.median(times), quartiles[2] - quartiles[0]
 

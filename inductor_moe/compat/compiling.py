@@ -36,6 +36,18 @@ def inductor_config(mode: str | None, options: Mapping[str, Any]) -> dict[str, A
     return dict(wrapper(mode, dict(options), None).config)
 
 
+def start_compile_workers() -> None:
+    """Start the processes that compile Inductor's kernels, where a GPU is in use. Idempotent.
+
+    They take seconds to start, and kernels that are ready before them compile one after another in
+    this process. Inductor's own backend starts them as soon as it is called.
+    """
+    if torch.cuda.is_initialized():
+        from torch._inductor import async_compile
+
+        async_compile.maybe_warm_pool()
+
+
 def current_config(name: str) -> Any:
     """A value of torch._inductor.config."""
     from torch._inductor import config
@@ -129,3 +141,8 @@ def tracing_backend_is_ours() -> bool:
             backend, "compiler_fn", None
         )
     return False
+
+
+def exporting() -> bool:
+    """Whether torch.export runs. Dynamo of torch 2.11 takes `is_exporting()` for always true."""
+    return torch.compiler._is_exporting_flag

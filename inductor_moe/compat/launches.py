@@ -1,7 +1,8 @@
-"""Inductor's analysis of what a Triton launch writes, done once for launches that are alike.
+"""Launches of Triton kernels: what they write, and how they are launched.
 
 Inductor generates and analyses the Triton IR of every launch in a graph, twice. Models repeat
-their launches in every layer, and the answer depends on the kernel, its constants and the dtypes.
+their launches in every layer, and the answer depends on the kernel, its constants and the dtypes:
+it is done once for launches that are alike.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
+
+from inductor_moe.compat.passes import graph_passes
 
 ANALYSES = ("identify_accessed_tensors", "identify_mutated_tensors")  # from torch 2.13; before
 
@@ -46,6 +49,9 @@ def remembering(analyse: Callable[..., Any]) -> Callable[..., Any]:
 
 def _launch(kernel: Any, kwargs: Mapping[str, Any]) -> Hashable | None:
     """All that the analysis looks at; None for a kernel of others, or what cannot be compared."""
+    configs = getattr(kernel, "configs", None)
+    if configs:  # an Autotuner, as which a launch with options comes to the lowering
+        kernel, kwargs = kernel.fn, {**kwargs, **configs[0].kwargs}
     function = getattr(kernel, "fn", None)
     if not getattr(function, "__module__", "").startswith("inductor_moe."):
         return None
@@ -66,3 +72,43 @@ def _kind(value: Any) -> Hashable:
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | sympy.Expr):
         return "symbol", None
     return type(value), value
+
+
+@functools.cache
+def launch_dependently() -> None:
+    """Let graphs launch this package's kernels while the kernel before them ends. Idempotent.
+
+    The copy of a kernel that Inductor writes into a graph's code is changed, not the kernel: the
+    analysis of what a launch writes gives up on the instructions this takes. A package launches
+    by its own C++, which has no such launches.
+    """
+    from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+
+    define = PythonWrapperCodegen.define_kernel
+
+    @functools.wraps(define)
+    def define_kernel(self: Any, name: str, body: str, *args: Any, **kwargs: Any) -> Any:
+        if PLAIN in body and _may_depend():
+            body = body.replace(PLAIN, DEPENDENT)
+            body = body.replace("triton_meta={", "triton_meta={'launch_pdl': True, ", 1)
+        return define(self, name, body, *args, **kwargs)
+
+    PythonWrapperCodegen.define_kernel = define_kernel  # type: ignore[method-assign, assignment]
+
+
+PLAIN, DEPENDENT = (f"DEPENDENT = tl.constexpr({value})" for value in (False, True))
+
+
+def _may_depend() -> bool:
+    """Whether the graph in hand is our backend's, wants it, and is for a GPU that can."""
+    from torch._inductor import config
+    from torch._inductor.virtualized import V
+
+    if getattr(V.graph, "cpp_wrapper", False):
+        return False
+    asked = any(
+        getattr(getattr(ours, "options", None), "dependent_launch", False)
+        for ours in graph_passes(config.post_grad_custom_pre_pass)
+    )
+    device = V.graph.get_current_device_or_throw()
+    return asked and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -52,6 +52,19 @@ def packaging() -> bool:
     return bool(getattr(V.graph, "aot_mode", False))
 
 
+def calls_grouped_mm() -> bool:
+    """Whether generated code can call aten's `_grouped_mm`; packages on torch 2.11 cannot."""
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    from torch._inductor.virtualized import V
+
+    if not getattr(V.graph, "cpp_wrapper", False):
+        return True
+    from torchgen.aoti.fallback_ops import inductor_fallback_ops
+
+    return "aten._grouped_mm.default" in inductor_fallback_ops
+
+
 def compiles_package() -> bool:
     """Whether the graph that passes run on is for an AOTInductor package."""
     from torch._inductor.virtualized import V

@@ -17,6 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from inductor_moe.kernels.dependent import wait_for_inputs
+
 # One line each: Inductor puts a kernel's constants into a string of its own.
 # $1 address, $2 data, $3 epoch, $4 whether there is such a word
 SEND: tl.constexpr = tl.constexpr(
@@ -63,6 +65,7 @@ def all_reduce_kernel(
     ROOM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_inputs()
     DTYPE: tl.constexpr = x.dtype.element_ty
     program = tl.program_id(0)
     lane = tl.arange(0, BLOCK)

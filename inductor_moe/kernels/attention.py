@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from inductor_moe.kernels.dependent import wait_for_inputs
+
 
 @triton.jit
 def _kept(mask, position, length, stride, MASK: tl.constexpr):
@@ -58,6 +60,7 @@ def attention_decode_kernel(
     BLOCK_DV: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    wait_for_inputs()
     GROUP_BLOCKS: tl.constexpr = (G + BLOCK_G - 1) // BLOCK_G
     SCANNED: tl.constexpr = 1024 // BLOCK_L
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -73,10 +76,10 @@ def attention_decode_kernel(
     local = tl.arange(0, BLOCK_L)
     q_ptrs = q + batch * stride_qb + head[:, None] * stride_qh + d[None, :] * stride_qd
     q_tile = tl.load(q_ptrs, mask=exists & (d < D)[None, :], other=0.0)
-    k_ptrs = k + batch * stride_kb + kv_head * stride_kh
-    k_ptrs += local[:, None] * stride_kl + d[None, :] * stride_kd
-    v_ptrs = v + batch * stride_vb + kv_head * stride_vh
-    v_ptrs += local[:, None] * stride_vl + e[None, :] * stride_vd
+    k += batch * stride_kb + kv_head * stride_kh
+    v += batch * stride_vb + kv_head * stride_vh
+    k_offsets = local[:, None] * stride_kl + d[None, :] * stride_kd
+    v_offsets = local[:, None] * stride_vl + e[None, :] * stride_vd
     mask += batch * stride_mb
 
     # Of the blocks of this split, those from the first to the last with a position that counts.
@@ -104,8 +107,8 @@ def attention_decode_kernel(
         row = start.to(tl.int64)
         load_k = keep[:, None] & (d < D)[None, :]
         load_v = keep[:, None] & (e < DV)[None, :]
-        k_tile = tl.load(k_ptrs + row * stride_kl, mask=load_k, other=0.0)
-        v_tile = tl.load(v_ptrs + row * stride_vl, mask=load_v, other=0.0)
+        k_tile = tl.load(k + row * stride_kl + k_offsets, mask=load_k, other=0.0)
+        v_tile = tl.load(v + row * stride_vl + v_offsets, mask=load_v, other=0.0)
         if BLOCK_G == 1:
             scores = tl.sum(k_tile.to(tl.float32) * q_tile.to(tl.float32), 1)[None, :]
         else:
@@ -148,6 +151,7 @@ def attention_combine_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
+    wait_for_inputs()
     LOG2E: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
     e = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)

@@ -23,6 +23,7 @@ from inductor_moe.kernels.delta_launch import (
     strides,
     traced,
 )
+from inductor_moe.kernels.dependent import wait_for_inputs
 
 
 @triton.jit
@@ -95,6 +96,7 @@ def delta_chunk_intra_kernel(
     SHORT_SOLVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """SHORT_SOLVE inverts in fp16, whose 11 bits suffice where unit keys bound the entries."""
+    wait_for_inputs()
     head = tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)
     first, end, _ = chunk_bounds(tl.program_id(1), cu_seqlens, sequences, tokens, C, VARLEN)
@@ -194,6 +196,7 @@ def delta_chunk_scan_kernel(
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
     HAS_STATE: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs()
     head = tl.program_id(1)
     sequence = tl.program_id(2).to(tl.int64)
     dk = tl.arange(0, BLOCK_K)

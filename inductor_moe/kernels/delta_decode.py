@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from inductor_moe.kernels.delta_launch import Tile, inner_contiguous, padded, strides, traced
+from inductor_moe.kernels.dependent import place_next, prefetch_lines, wait_for_inputs
 
 
 @triton.jit
@@ -76,6 +77,16 @@ def activated(gate, SILU: tl.constexpr):
 
 
 @triton.jit
+def add_two(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def add_three(a0, a1, a2, b0, b1, b2):
+    return a0 + b0, a1 + b1, a2 + b2
+
+
+@triton.jit
 def delta_decode_kernel(
     qkv,                    # [B, C]
     conv_state,             # [S, C, L], shifted in place with SHIFT
@@ -116,6 +127,11 @@ def delta_decode_kernel(
         dv = (block * BLOCK_V + column) % V
     inside = block * BLOCK_V + column < GROUP * V
     in_head = None if ONE_HEAD else inside
+    if ONE_HEAD and not SLOTS:
+        rows = batch * state_b + tl.minimum(dk, K - 1) * state_k + head * state_h
+        prefetch_lines(state + rows + block % (V // BLOCK_V) * BLOCK_V)
+    wait_for_inputs()
+    place_next()
     out += batch * out_b + head * out_h + dv
     slot = batch
     if SLOTS:
@@ -183,15 +199,23 @@ def delta_decode_kernel(
         conv_c, conv_l, weight_c, weight_w, L, W, HAS_BIAS,
     )  # fmt: skip
 
+    # Every sum at once, of keys and queries as they are: each round of sums takes a barrier.
+    query_square, key_square, overlap = tl.reduce(
+        (query * query, key * key, query * key), 0, add_three
+    )
+    query_scale = SCALE
+    key_scale = 1.0
     if NORMALIZE:
-        query *= tl.rsqrt(tl.sum(query * query) + EPS)
-        key *= tl.rsqrt(tl.sum(key * key) + EPS)
-    query *= SCALE
+        query_scale *= tl.rsqrt(query_square + EPS)
+        key_scale = tl.rsqrt(key_square + EPS)
     current *= decay
     # both reads of the decayed state together: S^T q after the write is S^T q + (k . q) d
-    delta = (value - tl.sum(current * key[:, None], 0)) * strength
-    result = tl.sum(current * query[:, None], 0) + tl.sum(query * key) * delta
-    current += key[:, None] * delta[None, :]
+    read_key, read_query = tl.reduce(
+        (current * key[:, None], current * query[:, None]), 0, add_two
+    )
+    delta = (value - read_key * key_scale) * strength
+    result = (read_query + overlap * key_scale * delta) * query_scale
+    current += (key * key_scale)[:, None] * delta[None, :]
     tl.store(state, current.to(state.dtype.element_ty), mask=in_state)
     if NORM:
         HEADS: tl.constexpr = BLOCK_V // V
@@ -220,6 +244,8 @@ def delta_decode_tail_kernel(
     SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Norm of one value head, and the shift of BLOCK_C channels."""
+    wait_for_inputs()
+    place_next()
     head = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     if NORM:

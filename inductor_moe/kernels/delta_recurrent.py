@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from inductor_moe.kernels.delta_launch import Tile, inner_contiguous, padded, strides, traced
+from inductor_moe.kernels.dependent import wait_for_inputs
 
 
 @triton.jit
@@ -27,6 +28,7 @@ def delta_recurrent_kernel(
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     GATE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_STATE: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs()
     head = tl.program_id(1)
     sequence = tl.program_id(2).to(tl.int64)
     key_head = head // GROUP

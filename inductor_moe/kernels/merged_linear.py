@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from inductor_moe.kernels.dependent import wait_for_inputs
 from inductor_moe.kernels.quant_decode import COLUMNS, parts_dot
 
 
@@ -29,7 +30,6 @@ def dense_rows(
     b2 = b1 + tl.cdiv(m2, BLOCK_D)
     rows = pick(block, b0, b1, b2, m0, m1, m2, m3)
     w = pick(block, b0, b1, b2, d0, d1, d2, d3)
-    out += pick(block, b0, b1, b2, 0, m0, m0 + m1, m0 + m1 + m2)
     row = (block - pick(block, b0, b1, b2, 0, b0, b1, b2)) * BLOCK_D + tl.arange(0, BLOCK_D)
     k = tl.arange(0, DENSE_K)
     w_ptrs = w + row.to(tl.int64)[:, None] * k_dim + k[None, :]
@@ -39,6 +39,7 @@ def dense_rows(
         weight = tl.load(w_ptrs + start, mask=(row < rows)[:, None] & inside[None, :], other=0.0)
         value = tl.load(x + start + k, mask=inside, other=0.0)
         total += tl.sum(weight.to(tl.float32) * value.to(tl.float32)[None, :], 1)
+    out += pick(block, b0, b1, b2, 0, m0, m0 + m1, m0 + m1 + m2)
     tl.store(out + row, total.to(out.dtype.element_ty), mask=row < rows)
 
 
@@ -104,6 +105,7 @@ def merged_linear_kernel(
     BLOCK_D: tl.constexpr,  # dense rows of a program
     DENSE_K: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs()
     block = tl.program_id(0)
     token = tl.program_id(1).to(tl.int64)
     x += token * stride_x

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from inductor_moe.kernels.dependent import wait_for_inputs
 from inductor_moe.kernels.moe_activation import (
     gated_activation_tile,
     shared_rows,
@@ -55,6 +56,7 @@ def moe_up_decode_kernel(
     BLOCK_K: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
+    wait_for_inputs()
     pair = tl.program_id(0)
     block = tl.program_id(1)
     token = pair // (TOP_K + SHARED)
@@ -139,6 +141,7 @@ def moe_down_decode_kernel(
     BLOCK_K: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
+    wait_for_inputs()
     row = tl.program_id(0)
     token = row // SPLIT
     part = row % SPLIT

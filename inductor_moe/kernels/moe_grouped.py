@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from inductor_moe.kernels.dependent import wait_for_inputs
 from inductor_moe.kernels.moe_activation import (
     gated_activation_tile,
     up_rows,
@@ -141,6 +142,7 @@ def moe_grouped_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_inputs()
     OUT: tl.constexpr = BLOCK_N if GATE == "none" else BLOCK_N // 2
     n_blocks = tl.cdiv(inner, OUT)
     pid = tl.program_id(0)
@@ -192,6 +194,7 @@ def moe_combine_kernel(
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
+    wait_for_inputs()
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     exists = n < hidden

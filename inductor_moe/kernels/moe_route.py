@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from inductor_moe.kernels.dependent import wait_for_inputs
+
 
 @triton.jit
 def choose_experts(
@@ -129,6 +131,7 @@ def moe_route_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_inputs()
     t = tl.program_id(0).to(tl.int64)
     choose_experts(
         logits + t * stride_t, bias, weights + t * K, ids + t * K, stride_e, stride_bias,

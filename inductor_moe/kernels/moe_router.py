@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from inductor_moe.kernels.dependent import wait_for_inputs
 from inductor_moe.kernels.moe_route import choose_experts
 
 
@@ -52,6 +53,7 @@ def moe_router_kernel(
     FIRST: tl.constexpr,
     OWN: tl.constexpr,
 ):
+    wait_for_inputs()
     row = tl.program_id(0)
     h = tl.arange(0, BLOCK_H)
     inside = h < HIDDEN

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from inductor_moe.kernels.dependent import wait_for_inputs
+
 
 # Loads stay in the kernels: torch's mutation analysis takes a device function's pointers for
 # written ones.
@@ -71,6 +73,7 @@ def moe_sort_by_rank_kernel(
 
     The last program makes the blocks, the others each place BLOCK pairs.
     """
+    wait_for_inputs()
     if tl.program_id(0) == tl.num_programs(0) - 1:
         counts = tl.zeros((BINS,), tl.int32)
         for start in range(0, pairs, 1024):
@@ -106,6 +109,7 @@ def moe_sort_count_kernel(
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
+    wait_for_inputs()
     chunk = tl.program_id(0)
     pair = chunk * CHUNK + tl.arange(0, CHUNK)
     ptrs = id_pointers(ids, pair, stride_it, stride_ik, TOP_K)
@@ -124,6 +128,7 @@ def moe_sort_scan_kernel(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    wait_for_inputs()
     expert = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.int32)
     for start in range(0, chunks, ROWS):
@@ -144,6 +149,7 @@ def moe_sort_blocks_kernel(
     BINS: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
+    wait_for_inputs()
     expert = tl.arange(0, BINS)
     row_start = store_blocks(tl.load(totals + expert), blocks, capacity, BINS, BLOCK_M)
     tl.store(totals + BINS + expert, row_start)
@@ -163,6 +169,7 @@ def moe_sort_place_kernel(
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
+    wait_for_inputs()
     chunk = tl.program_id(0)
     pair = chunk * CHUNK + tl.arange(0, CHUNK)
     ptrs = id_pointers(ids, pair, stride_it, stride_ik, TOP_K)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from inductor_moe.kernels.dependent import wait_for_inputs
+
 
 @triton.jit
 def norm_rope_kernel(
@@ -31,6 +33,7 @@ def norm_rope_kernel(
     R: tl.constexpr,  # rotated channels, the first ones; even
     BLOCK_D: tl.constexpr,
 ):
+    wait_for_inputs()
     head = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)

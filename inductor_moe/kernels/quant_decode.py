@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from inductor_moe.kernels.dependent import wait_for_inputs
 from inductor_moe.kernels.moe_activation import gated_activation_tile, shared_rows, up_rows
 from inductor_moe.kernels.quant_dot import code_columns, packed_dot
 
@@ -122,6 +123,7 @@ def quantized_up_decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_inputs()
     pair = tl.program_id(0)
     block = tl.program_id(1)
     token = pair // (TOP_K + SHARED)
@@ -242,6 +244,7 @@ def quantized_down_decode_kernel(
     BLOCK_K: tl.constexpr,
     SHARED_K: tl.constexpr,  # BLOCK_K of the shared expert
 ):
+    wait_for_inputs()
     token = tl.program_id(0)
     n_first = tl.program_id(1) * BLOCK_N
     SPLIT: tl.constexpr = PARTS // SLOTS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from inductor_moe.kernels.dependent import wait_for_inputs
 from inductor_moe.kernels.moe_activation import gated_activation_tile, up_rows
 from inductor_moe.kernels.quant_dot import code_columns, packed_dot
 
@@ -157,6 +158,7 @@ def moe_quantized_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_inputs()
     OUT: tl.constexpr = BLOCK_N if GATE == "none" else BLOCK_N // 2
     block, n_block = tile_of(capacity, group_m, tl.cdiv(inner, OUT))
     expert = tl.load(blocks + block)
@@ -213,6 +215,7 @@ def quantized_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_inputs()
     block, n_block = tile_of(tl.cdiv(tokens, BLOCK_M), GROUP_M, tl.cdiv(n_dim, BLOCK_N))
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)

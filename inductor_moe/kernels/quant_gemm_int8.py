@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from inductor_moe.kernels.dependent import wait_for_inputs
 from inductor_moe.kernels.moe_activation import up_rows
 from inductor_moe.kernels.quant_gemm import store_pairs, tile_of
 
@@ -38,6 +39,7 @@ def quantize_activations_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,  # GROUP, 64 at least
 ):
+    wait_for_inputs()
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = m < rows
     row = m.to(tl.int64)
@@ -180,6 +182,7 @@ def moe_int8_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_inputs()
     OUT: tl.constexpr = BLOCK_N if GATE == "none" else BLOCK_N // 2
     block, n_block = tile_of(capacity, group_m, tl.cdiv(inner, OUT))
     expert = tl.load(blocks + block)
@@ -238,6 +241,7 @@ def int8_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_inputs()
     block, n_block = tile_of(tl.cdiv(tokens, BLOCK_M), GROUP_M, tl.cdiv(n_dim, BLOCK_N))
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)

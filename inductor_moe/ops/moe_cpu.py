@@ -1,8 +1,9 @@
 """The expert ops in aten alone, for Inductor's C++ backend: no data-dependent Python.
 
-Two forms. With few pairs (a static count), and for dtypes `_grouped_mm` does not trace with, each
-pair multiplies its gathered expert; Inductor fuses the gather into the reduction and copies no
-weight. Otherwise pairs are sorted by expert and two grouped GEMMs run.
+Two forms. With few pairs (a static count), for dtypes `_grouped_mm` does not trace with, and where
+generated code cannot call it, each pair multiplies its gathered expert; Inductor fuses the gather
+into the reduction and copies no weight. Otherwise pairs are sorted by expert and two grouped GEMMs
+run.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from inductor_moe import compat
 from inductor_moe.reference.moe import gated_activation
 
 FEW_PAIRS = 16
@@ -104,7 +106,9 @@ def _by_sorting(rows: Tensor, ids: Tensor, *projections: Tensor) -> bool:
         return False
     if rows.device.type != "cpu":
         return False
-    return rows.dtype == torch.bfloat16 and all(_grouped_mm_takes(w) for w in projections)
+    if rows.dtype != torch.bfloat16 or not all(_grouped_mm_takes(w) for w in projections):
+        return False
+    return compat.calls_grouped_mm()
 
 
 def _grouped_mm_takes(weight: Tensor) -> bool:

@@ -14,6 +14,7 @@ from inductor_moe.quant.fit import Packed, Scheme, empty, quantize_weight
 from inductor_moe.quant.modules import Slot, replace_parameter
 from inductor_moe.quant.progress import progress
 from inductor_moe.quant.torchao import is_torchao
+from inductor_moe.reference.quant import CENTER
 from inductor_moe.report import scaled
 
 BITS = {"int4": 4, "int8": 8}
@@ -130,9 +131,10 @@ def randomize_(
 ) -> Quantization | None:
     """Give a model on the meta device random weights on `device`, packed ones where they can be.
 
-    For benchmarks at full size: the unpacked weights never exist. Packed codes are uniform, with
-    scales that give the weights the standard deviation `std`; other parameters are normal with
-    that deviation (1 for one-dimensional weights such as norms, 0 for biases). Buffers that are
+    For benchmarks at full size: the unpacked weights never exist. Packed weights have mean 0 (one
+    common to a whole matrix would decide what the model computes) and, by their scales, the
+    standard deviation `std`; other parameters are normal with that deviation (1 for
+    one-dimensional weights such as norms, 0 for biases). Buffers that are
     on the meta device are made by the modules' own code or must be filled by the caller. With
     dtype None nothing is packed, and None is returned.
     """
@@ -149,19 +151,31 @@ def randomize_(
 def _random_codes(
     scheme: Scheme, device: torch.device, std: float, generator: torch.Generator
 ) -> Callable[[_Candidate], Packed]:
-    # A uniform code has variance (16^2 - 1) / 12, or (256^2 - 1) / 12.
-    spread = ((4**scheme.bits - 1) / 12) ** 0.5
+    # Codes -7..7, or -127..127, about as likely each, and 0 twice as much in int4.
+    greatest = 2 ** (scheme.bits - 1) - 1
+    weight = 16 if scheme.bits == 4 else 255
+    spread = (greatest * (greatest + 1) * (2 * greatest + 1) / 3 / weight) ** 0.5
 
     def make(found: _Candidate) -> Packed:
         out = empty(found.shape, found.parameter.dtype, device, scheme)
-        info = torch.iinfo(out.packed.dtype)
-        out.packed.random_(info.min, info.max + 1, generator=generator)
+        if scheme.bits == 4:
+            out.packed.random_(-(2**15), 2**15, generator=generator)
+            _centre(out.packed)
+        else:
+            out.packed.random_(-greatest, greatest + 1, generator=generator)
         out.scales.fill_(std / spread)
         if out.zeros is not None:
-            out.zeros.fill_(7.5 if scheme.bits == 4 else -0.5)
+            out.zeros.fill_(CENTER if scheme.bits == 4 else 0)
         return out
 
     return make
+
+
+def _centre(packed: Tensor) -> None:
+    """Make 8, which stands for 0, of every int4 code 0, which stands for -8, in place."""
+    nonzero = packed | packed >> 1
+    nonzero |= nonzero >> 2
+    packed |= (~nonzero & 0x1111) << 3
 
 
 def _fill(

@@ -67,7 +67,7 @@ def test_nothing_fused_gets_no_time(quick, monkeypatch):
 def test_wrong_logits_get_no_time(quick, monkeypatch):
     def off(self, ids):
         token, logits = self.right(ids)
-        return token, logits * 1.05 if torch.compiler.is_compiling() else logits
+        return token, logits * 1.5 if torch.compiler.is_compiling() else logits
 
     monkeypatch.setattr(session.Session, "right", session.Session.forward, raising=False)
     monkeypatch.setattr(session.Session, "forward", off)

@@ -51,7 +51,7 @@ def test_wrong_numbers_are_never_timed(monkeypatch):
         def run(self, plan, ids, share):
             return torch.ones(4) if plan.up.block_n < 100 else torch.ones(4) * 1.1
 
-    monkeypatch.setattr(tune, "microseconds", lambda call, inputs: (5.0, 0.0))
+    monkeypatch.setattr(tune, "microseconds", lambda call, inputs, give_up: (5.0, 0.0))
     meter = tune.Meter(LAYER, 1, Inputs(), GENERIC)
     right, wrong = (Plan(16, tiles.GemmTile(n, 64, 8, 4, 3), TILE) for n in (64, 128))
     assert meter(right) == 5.0 and meter.wrong == 0

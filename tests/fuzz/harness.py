@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from inductor_moe.report import Site
 
 # What fp32 rounding may do to these sizes, and the slack beyond the original's own error.
 FLOOR, SLACK = 2e-6, 4.0
+# What ran in this process: ("experts" or "delta rules", "plain" or "mutated", what came of it).
+COUNTS: collections.Counter[tuple[str, str, str]] = collections.Counter()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +93,26 @@ def run(function: Callable[..., Any], inputs: dict[str, Tensor]) -> Outcome:
         if not error <= allowed:
             break
     return Outcome(sites, worst, budget)
+
+
+def count(kind: str, mutated: bool, matched: bool, outcome: Outcome) -> None:
+    """Adds one case to COUNTS; `matched` says whether the op that was asked for is in it."""
+    results = {"cases": True, "matched": matched, "wrong": outcome.wrong}
+    how = "mutated" if mutated else "plain"
+    COUNTS.update((kind, how, name) for name, holds in results.items() if holds)
+
+
+def summary(counts: collections.Counter[tuple[str, str, str]]) -> list[str]:
+    """Lines with the cases of each kind, the share that was rewritten, and the wrong rewrites."""
+    lines = []
+    for kind, how in sorted({key[:2] for key in counts}):
+        cases, matched, wrong = (counts[kind, how, n] for n in ("cases", "matched", "wrong"))
+        share = f"{matched / cases:.1%} rewritten"
+        lines.append(f"{how} {kind}: {cases:,} cases, {share}, {wrong:,} wrong")
+    total, wrong = (
+        sum(counts[key] for key in counts if key[2] == name) for name in ("cases", "wrong")
+    )
+    return [*lines, f"all: {total:,} cases, {wrong:,} wrong"]
 
 
 def without_ties(found: Tensor, original: Tensor) -> Tensor:

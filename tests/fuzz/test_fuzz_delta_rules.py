@@ -40,11 +40,13 @@ def case(spelling, *mutations):
 def run(spelling, *mutations):
     rule, inputs = case(spelling, *mutations)
     outcome = harness.run(rule, inputs)
+    matched = any("delta_rule" in site.op for site in outcome.sites if site.matched)
+    harness.count("delta rules", bool(mutations), matched, outcome)
     assert not outcome.wrong, (
         f"{outcome.matched} gave a relative error of {outcome.error:.2e}, allowed is "
         f"{outcome.budget:.2e}, for {spelling} with {mutations}"
     )
-    return "delta_rule" in "".join(site.op for site in outcome.sites if site.matched)
+    return matched
 
 
 @pytest.fixture(autouse=True)

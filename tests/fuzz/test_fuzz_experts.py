@@ -42,11 +42,13 @@ def shard_of(cases, shards):
 
 def check(block):
     outcome = harness.run(blocks.function_of(block), blocks.experts_weights(block))
+    matched = any(name.startswith("moe.experts") for name in outcome.matched)
+    harness.count("experts", bool(block.mutation), matched, outcome)
     assert not outcome.wrong, (
         f"{outcome.matched} gave a relative error of {outcome.error:.2e}, allowed is "
         f"{outcome.budget:.2e}, for {block}"
     )
-    return any(name.startswith("moe.experts") for name in outcome.matched)
+    return matched
 
 
 @pytest.fixture(autouse=True)

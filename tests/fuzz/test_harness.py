@@ -1,7 +1,10 @@
-"""What the fuzzer's comparison forgives: values that bf16 rounds either way, and nothing else."""
+"""What the fuzzer's comparison forgives, values that bf16 rounds either way, and how it counts."""
 
 from __future__ import annotations
 
+import collections
+
+import harness
 import torch
 from harness import without_ties
 
@@ -35,3 +38,16 @@ def test_values_further_off_are_not():
     found = original.clone()
     found[0] *= 1.0625
     assert torch.equal(without_ties(found, original), found)
+
+
+def test_summary_of_counts(monkeypatch):
+    monkeypatch.setattr(harness, "COUNTS", collections.Counter())
+    right, wrong = harness.Outcome((), 0.0, 1.0), harness.Outcome((), 2.0, 1.0)
+    harness.count("experts", False, True, right)
+    harness.count("experts", False, False, harness.Outcome(()))
+    harness.count("experts", True, True, wrong)
+    assert harness.summary(harness.COUNTS) == [
+        "mutated experts: 1 cases, 100.0% rewritten, 1 wrong",
+        "plain experts: 2 cases, 50.0% rewritten, 0 wrong",
+        "all: 3 cases, 1 wrong",
+    ]

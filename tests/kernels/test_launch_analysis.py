@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from triton.backends.compiler import GPUTarget
 
 from inductor_moe import compat
-from inductor_moe.kernels.delta_decode import delta_decode
+from inductor_moe.kernels.delta_decode import delta_decode, delta_decode_kernel
 from inductor_moe.ops.quant_cuda import quantized_linear_cuda
 from inductor_moe.quant.fit import Scheme, quantize_weight
 from inductor_moe.quant_tiles import QuantizedPlan
@@ -94,6 +94,28 @@ def test_launches_of_every_layer_are_analysed_once(generated):
     found = [mutated(launch) for launch in launches(decode_inputs(), 3)]
     assert [set(names) for names in found] == WRITTEN * 3
     assert sorted(generated) == ["delta_decode_kernel", "delta_decode_tail_kernel"]
+
+
+def test_a_launch_is_analysed_once_with_and_without_its_options(generated):
+    """Traced, a kernel comes as it is; lowered, as an Autotuner of one config."""
+    (launch, _) = launches(decode_inputs(), 1)
+    kernel = delta_decode_kernel
+    tuned = triton.autotune([triton.Config({}, num_warps=2)], key=[])(kernel)
+    constants = wrap.kernel_side_table.get_constant_args(launch["constant_args_idx"])
+    analyse = getattr(wrap, "identify_mutated_tensors", None) or wrap.identify_accessed_tensors
+    found = [analyse(form, {**launch["kwargs"], **constants}, {}) for form in (kernel, tuned)]
+    assert found[0] == found[1] and found[0]
+    assert generated == ["delta_decode_kernel"]
+
+
+def test_a_config_is_part_of_a_launch():
+    calls = []
+    analyse = compat.remembering(lambda *arguments: calls.append(arguments) or [])
+    kernel = delta_decode_kernel
+    for width in (16, 32, 16):
+        tuned = triton.autotune([triton.Config({"BLOCK_V": width})], key=[])(kernel)
+        analyse(tuned, {"x": 1}, {})
+    assert len(calls) == 2
 
 
 def test_another_dtype_is_another_launch(generated):

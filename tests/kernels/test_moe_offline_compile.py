@@ -80,7 +80,11 @@ class _Recording:
             if isinstance(value, torch.Tensor):
                 signature[name] = POINTERS[value.dtype]
                 attributes[(position,)] = [["tt.divisibility", 16]]
-            elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
+            elif (
+                parameter.is_constexpr
+                or value is None
+                or (value == 1 and not parameter.do_not_specialize)
+            ):
                 signature[name] = "constexpr"
                 constants[(position,)] = value
             else:

@@ -264,6 +264,9 @@ def choice_of(route, logits):
 
     with torch.no_grad():
         expected = function(x, logits)
+        alone, _ = capture(function, x, logits, options={"inductor_moe.disable": "moe"})
+        if not torch.equal(alone[1].sort(-1).values, expected[1].sort(-1).values):
+            pytest.skip("Inductor itself drops the rounding, as torch 2.11 does")
         found, report = capture(function, x, logits, graphs=numbers)
     assert relative_error(found[0], expected[0]) < 1e-6
     return found[1].sort(-1).values, expected[1].sort(-1).values, report

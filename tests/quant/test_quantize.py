@@ -169,3 +169,15 @@ def test_random_packed_weights_for_a_meta_model():
     assert weight.shape == (4, 64, 96) and weight.dtype == torch.bfloat16
     assert 0.9 < weight.float().std() / 0.02 < 1.1
     assert model(IDS).isfinite().all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", ["int4", "int8"])
+def test_random_packed_weights_have_no_mean(dtype, symmetric):
+    with torch.device("meta"):
+        model = nn.Linear(512, 256, bias=False).bfloat16()
+    inductor_moe.randomize_(model, dtype, "cpu", symmetric=symmetric)
+    weight = model.weight.double()
+    assert abs(weight.mean()) < 5 * 0.02 / weight.numel() ** 0.5
+    assert abs(weight.std() / 0.02 - 1) < 0.02
+    assert weight.unique().numel() == (15 if dtype == "int4" else 255)

@@ -1,0 +1,136 @@
+"""Programmatic dependent launch: what graphs get, what it becomes, and where it stays away."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from delta_inputs import decode_inputs
+from kernels.generated import Drawn, source
+from kernels.test_dispatch_source import packed_experts
+from kernels.test_inductor_source import KERNELS
+from kernels.test_moe_offline_compile import H100, Recorder, local_memory, record
+from kernels.test_quant_offline_compile import (
+    SCHEMES,
+    record_experts,
+    record_linear,
+    record_merged,
+)
+from torch._inductor import config
+from torch._inductor.virtualized import V
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from inductor_moe.compat import launches
+from inductor_moe.compat.launches import DEPENDENT, PLAIN
+from inductor_moe.config import Options
+from inductor_moe.kernels import delta_decode
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1" or sys.platform != "linux",
+    reason="needs compiled kernels",
+)
+
+
+def generated(options, package=False):
+    drawn = Drawn(1, 8, 4)
+    tensors, run = packed_experts(drawn)
+    ours = SimpleNamespace(options=options) if options else None
+    with config.patch(post_grad_custom_pre_pass=ours):
+        return source(drawn, run, tensors, package=package)
+
+
+def kernels(code):
+    return re.findall(r"async_compile\.triton\('\w+', '''(.*?)'''", code, re.S)
+
+
+def test_a_graph_of_the_backend_launches_its_kernels_dependently():
+    found = kernels(generated(Options()))
+    assert len(found) >= 2
+    for text in found:
+        assert DEPENDENT in text and PLAIN not in text
+        assert text.count("'launch_pdl': True") == 1
+
+
+@pytest.mark.parametrize("options", [Options(dependent_launch=False), None])
+def test_a_graph_that_does_not_ask_launches_plainly(options):
+    found = kernels(generated(options))
+    assert len(found) >= 2
+    for text in found:
+        assert PLAIN in text and DEPENDENT not in text and "launch_pdl" not in text
+
+
+def test_a_package_launches_plainly():
+    code = generated(Options(), package=True)
+    assert "quantized_up_decode_kernel" in code and "launch_pdl" not in code
+
+
+def test_older_gpus_launch_plainly(monkeypatch):
+    graph = SimpleNamespace(
+        cpp_wrapper=False, get_current_device_or_throw=lambda: torch.device("cuda")
+    )
+    ours = SimpleNamespace(options=Options())
+    for capability, expected in (((8, 9), False), ((9, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        with V.set_graph_handler(graph), config.patch(post_grad_custom_pre_pass=ours):
+            assert launches._may_depend() == expected
+
+
+def dependent(kernel, folder):
+    """The kernel of a graph's code, as `launch_dependently` makes it."""
+    from torch._inductor.codegen.wrapper import (
+        user_defined_triton_kernel_transitive_closure_source_code as closure,
+    )
+
+    text = closure(kernel)
+    assert text.count(PLAIN) == 1
+    name = kernel.fn.__name__
+    path = folder / f"{name}.py"
+    header = "import triton\nimport triton.language as tl\n"
+    path.write_text(f"{header}\n@triton.jit\n{text.replace(PLAIN, DEPENDENT)}")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def launches_of_a_decode_step(monkeypatch):
+    launches = {}
+    monkeypatch.setattr(delta_decode, "traced", Recorder(launches))
+    delta_decode.delta_decode(*decode_inputs())
+    record("qwen3_5", 1, H100, launches)
+    for found in (
+        record_experts(SCHEMES["int4"], 1, H100),
+        record_linear(SCHEMES["int4"], 1, H100),
+        record_merged(SCHEMES["int4"], (8192, 4096), (32, 32)),
+    ):
+        launches |= found
+    return {made.fn.fn.__name__: (made, options) for made, options in launches.values()}
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+def test_dependent_kernels_compile_without_spills(capability, tmp_path, monkeypatch):
+    found = launches_of_a_decode_step(monkeypatch)
+    for name, (made, options) in found.items():
+        again = ASTSource(dependent(made.fn, tmp_path), made.signature, made.constants, made.attrs)
+        kernel = compile(again, target=GPUTarget("cuda", capability, 32), options=options)
+        assert local_memory(kernel.asm["cubin"]) == 0, name
+        text = kernel.asm["ptx"]
+        early, wait, late = text.partition("griddepcontrol.wait")
+        assert wait, name
+        # Nothing is read or written before what earlier kernels wrote is there.
+        assert not re.search(r"\b(ld|st|atom|red)\.global|cp\.async", early), name
+        assert ("prefetch.global.L2" in early) == (name == "delta_decode_kernel")
+        assert ("griddepcontrol.launch_dependents" in late) == name.startswith("delta_decode")
+        assert "griddepcontrol.launch_dependents" not in early
+    assert {"delta_decode_kernel", "merged_linear_kernel", "moe_up_decode_kernel"} < set(found)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_waits_for_its_inputs(name):
+    assert KERNELS[name].src.count("wait_for_inputs()") == 1
