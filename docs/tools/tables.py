@@ -203,9 +203,9 @@ def ranks_table(folder: Path = RESULTS / "ranks") -> str:
     held = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     one, steps = held["one_gpu"], {"decode64": "64", "decode1": "1"}
     versions = ", ".join(f"{name} {one['versions'][name]}" for name in ("torch", "triton"))
-    head = ["", "one GPU", "two", "one / two", "predicted for two"]
-    lines = [_line(head), _line(["---", *["---:"] * 4])]
-    for run in ("prefill", "decode", "decode_one_shot"):
+    head = ["", "one GPU", "two", "one / two", "predicted for two", "kernels", "commit"]
+    lines = [_line(head), _line(["---", *["---:"] * 5, "---"])]
+    for run in ("prefill", "decode"):
         found = held[run]["summary"]
         for phase in [name for name in found if name != "memory"]:
             size = held["predicted_" + steps.get(phase, "1")]["predictions"][1]
@@ -217,27 +217,28 @@ def ranks_table(folder: Path = RESULTS / "ranks") -> str:
                 "decode64": "decode step of 64 sequences, ms",
                 "decode1": "decode step of one sequence, ms",
             }[phase]
-            if run == "decode_one_shot":
-                label, seconds = f"{label}, all-reduce through symmetric memory", None
+            kernels = [held[run][role][phase].get("kernels") for role in ("one", "rank0")]
             lines.append(_line([
                 label, *(f"{row[name] / 1e3:,.2f}" for name in ("one_us", "ranks_us")),
                 f"{row['ratio']:.2f}", _shown(seconds and seconds * 1e3, "{:,.2f}"),
+                "-" if None in kernels else " and ".join(map(str, kernels)),
+                held[run]["commit"][:9],
             ]))  # fmt: skip
     share = [held["decode"][role]["weights"]["bytes"] / 1e9 for role in ("one", "rank0")]
     lines.append(_line([
         "weights on a GPU, GB", *(f"{size:.2f}" for size in share),
-        f"{share[0] / share[1]:.2f}", "-",
+        f"{share[0] / share[1]:.2f}", "-", "-", held["decode"]["commit"][:9],
     ]))  # fmt: skip
     return (
         f"Qwen3.5-35B-A3B, bf16, all layers, on two {one['gpu']}, NCCL without NVLink multicast; "
-        f"{versions}, commit {one['commit'][:9]}; `{one['command']}`:\n\n" + "\n".join(lines)
+        f"{versions}; `{one['command']}`:\n\n" + "\n".join(lines)
     )
 
 
 def sums_table(path: Path = RESULTS / "ranks" / "small_sums.json") -> str:
-    """What `small_sums.py` has measured."""
+    """What `small_sums.py` has measured; "" if nothing."""
     if not path.is_file():
-        return "No measurement lies in `examples/benchmarks/results/` yet."
+        return ""
     held = json.loads(path.read_text())
     ways = {
         "ours": "this", "nccl": "NCCL", "copy and one-shot": "PyTorch's one-shot, with its copy",

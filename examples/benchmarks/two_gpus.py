@@ -44,8 +44,6 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--context", type=int, default=2048, help="tokens in the cache of a step")
     parser.add_argument("--no-heads", dest="heads", action="store_false", help="experts alone")
     parser.add_argument("--exchange", default="all-reduce", help="or all-to-all, or auto")
-    parser.add_argument("--one-shot", action="store_true",
-                        help="small all-reduces through PyTorch's symmetric memory")  # fmt: skip
     parser.add_argument("--no-predict", dest="predict", action="store_false")
     parser.add_argument("--budget", type=float, default=570, help="end after so many seconds")
     parser.add_argument("--json", type=Path, required=True, help="write what is found here")
@@ -186,13 +184,6 @@ class _Process:
             self.model, mesh, heads=self.given.heads, exchange=self.given.exchange, timeout=120
         )
         self.notes.say(str(done))
-        if self.given.one_shot:
-            import torch._inductor.config as inductor
-            from torch.distributed._symmetric_memory import enable_symm_mem_for_group
-
-            enable_symm_mem_for_group(mesh.get_group().group_name)
-            inductor._collective.auto_select = True
-            inductor._collective.one_shot_all_reduce_threshold_bytes = 512 << 10
 
     def _ids(self, batch: int, tokens: int) -> Any:
         import torch
