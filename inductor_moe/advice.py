@@ -23,6 +23,15 @@ _ADVICE = (
         "name, codes, scales, zeros) for any others. See docs/how-to/quantised.md.",
     ),
     (
+        r"ranks' values|before it is waited for|a package does without",
+        "Nothing to do: the sum over the ranks is the process group's own, with the same result.",
+    ),
+    (
+        r"numbered|router's choices|the choices|every choice|not the router's",
+        "Nothing to do: the choices are numbered for the experts of this rank by a kernel of "
+        "Inductor's between the router and the experts, both of which are fused all the same.",
+    ),
+    (
         r"used by output|inside the expert block|used outside|has another user|read elsewhere"
         r"|used in several ways",
         "A value inside the layer is also needed outside, and the fused op does not produce it. "
