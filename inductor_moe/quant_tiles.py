@@ -170,8 +170,9 @@ def _gemm_tile(rows: float, gpu: Gpu) -> tuple[int, GemmTile]:
         block_m, tile = 64, GemmTile(128, 64, 8, 8, 3)
     else:
         block_m, tile = 128, GemmTile(128, 64, 8, 8, 3)
-    if gpu.capability < (9, 0) and block_m == 128:
-        # Without wgmma both operands live in registers.
+    if gpu.capability[0] != 9 and block_m == 128:
+        # Without wgmma both operands live in registers. Blackwell's tensor memory, which holds the
+        # products of all planes of 4 bits, has no room for more until Triton 3.8.
         block_m = 64
     return block_m, _fit(tile, block_m, gpu)
 

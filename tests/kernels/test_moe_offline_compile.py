@@ -121,6 +121,16 @@ def record(name: str, tokens: int, gpu: Gpu, launches: dict[str, Any]) -> None:
     )
 
 
+def assert_fits(kernel: Any, gpu: Gpu, key: str) -> None:
+    """A kernel fits the shared memory of a GPU, and nothing in it spills.
+
+    Of one that does not fit Blackwell's tensor memory Triton leaves nothing but a trap.
+    """
+    assert "trap;" not in kernel.asm["ptx"], key
+    assert kernel.metadata.shared <= gpu.shared_memory, key
+    assert local_memory(kernel.asm["cubin"]) == 0, key
+
+
 def local_memory(cubin: bytes) -> int:
     """Bytes of local memory and stack a thread takes: what spilled."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -138,8 +148,7 @@ def compile_all(launches: dict[str, Any], gpu: Gpu) -> None:
     for key, (source, options) in launches.items():
         target = GPUTarget("cuda", 10 * major + minor, 32)
         kernel = triton.compile(source, target=target, options=options)
-        assert kernel.metadata.shared <= gpu.shared_memory, key
-        assert local_memory(kernel.asm["cubin"]) == 0, key
+        assert_fits(kernel, gpu, key)
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: "sm_{}{}".format(*gpu.capability))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import triton
-from kernels.test_moe_offline_compile import GPUS, H100, POINTERS, Recorder, local_memory
+from kernels.test_moe_offline_compile import GPUS, H100, POINTERS, Recorder, assert_fits
 from triton.backends.compiler import GPUTarget
 
 from inductor_moe.ops.merged_linear_cuda import merged_linear_cuda
@@ -106,8 +106,7 @@ def compiled(launches: dict[str, Any], gpu: Any) -> dict[str, Any]:
         kernel = triton.compile(
             source, target=GPUTarget("cuda", 10 * major + minor, 32), options=options
         )
-        assert kernel.metadata.shared <= gpu.shared_memory, key
-        assert local_memory(kernel.asm["cubin"]) == 0, key
+        assert_fits(kernel, gpu, key)
         found[name] = kernel
     return found
 
