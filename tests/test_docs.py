@@ -227,6 +227,16 @@ def test_tables_are_made_from_the_rows(tables, tmp_path):
     assert "No measurement" in tables.headline([])
 
 
+def test_routed_experts_of_all_models_are_one_table(tables, tmp_path):
+    row = {**ROW, "op": "moe-experts", "model": "a"}
+    large = {**row, "size": {"tokens": 16384}, "flops": 2.5e10, "of_ceiling": 0.6}
+    (tmp_path / "a.json").write_text(json.dumps({**HELD, "rows": [row, large]}))
+    found = tables.experts_summary(tables.load(tmp_path)).splitlines()
+    assert found[-1] == "| a | 50% | 500 | 16,384 |"
+    assert found[-3] == "| model | 4 tokens | most TFLOP/s | at tokens |"
+    assert tables.experts_summary([]) == ""
+
+
 def test_whole_models_are_shown_by_tokens(tables, tmp_path):
     row = {**ROW, "op": "decode", "model": "m", "us": 2000.0, "kernels": 300,
            "size": {"prompt": 128, "batch": 4, "decode": 64}}  # fmt: skip
