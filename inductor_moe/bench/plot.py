@@ -35,8 +35,8 @@ def roofline(results: Results, path: Path) -> None:
     heights = [min(best.flops, best.read * x) / 1e12 for x in roof]
     axes.plot(roof, heights, color="0.3", label=f"{results.gpu}, measured")
     kinds = list(dict.fromkeys((row.op, row.model) for row in timed))
-    shades = colormaps["tab20" if len(kinds) > 10 else "tab10"].colors
-    colours = {kind: shades[i % len(shades)] for i, kind in enumerate(kinds)}
+    shades, count = ("tab20", 20) if len(kinds) > 10 else ("tab10", 10)
+    colours = {kind: colormaps[shades](i % count) for i, kind in enumerate(kinds)}
     for (op, model), colour in colours.items():
         for provider, marker in MARKERS.items():
             some = [r for r in timed if (r.op, r.model, r.provider) == (op, model, provider)]

@@ -223,7 +223,8 @@ def delta_channel_intra_kernel(
     else:
         key_scale = tl.full([C], 1.0, tl.float32)
         query_scale = key_scale * SCALE
-    NARROW: tl.constexpr = BLOCK_K // 2 if BLOCK_K > 16 else BLOCK_K  # levels take registers
+    # beside the one product, the levels' would not fit the registers
+    NARROW: tl.constexpr = BLOCK_K // 2 if WIDE_RANGE and BLOCK_K > 16 else BLOCK_K
     if WIDE_RANGE and least >= -224.0:
         kk, qk = mild_decays(
             q, k, g, q_read, k_read, k_write, whole, inside, query_scale, key_scale,
