@@ -204,8 +204,8 @@ def test_pages_are_built_without_what_a_block_needs(tables):
 
 ROW = {
     "op": "moe-block", "model": "qwen3.5-35b-a3b", "size": {"tokens": 4}, "provider": "ours",
-    "us": 50.0, "iqr_us": 1.0, "error": 2e-3, "eager_error": 3e-3, "compile_s": 1.0, "bytes": 1.0,
-    "flops": 1.0, "of_ceiling": 0.5, "note": "",
+    "us": 50.0, "iqr_us": 1.0, "error": 2e-3, "eager_error": 3e-3, "compile_s": 1.0, "bytes": 1e8,
+    "flops": 2e9, "of_ceiling": 0.5, "note": "",
 }  # fmt: skip
 HELD = {
     "format": 1, "gpu": "A GPU", "versions": {"torch": "2", "triton": "3"}, "commit": "0123456789",
@@ -221,10 +221,20 @@ def test_tables_are_made_from_the_rows(tables, tmp_path):
     (table,) = tables.load(tmp_path)
     head, _, first, second = tables.markdown(table).splitlines()
     assert "fla" not in head
-    assert first == "| 4 | 50.0 | 75.0 | 1.50 | 50% | 2.0e-03 (3.0e-03) |"
-    assert second == "| 1,024 | - | - | - | - | 2.0e-03 (3.0e-03) |"
+    assert first == "| 4 | 50.0 | 75.0 | 1.50 | 2 | 40 | 50% | 2.0e-03 (3.0e-03) |"
+    assert second == "| 1,024 | - | - | - | - | - | - | 2.0e-03 (3.0e-03) |"
     assert "A GPU" in tables.caption(table) and "012345678" in tables.caption(table)
     assert "No measurement" in tables.headline([])
+
+
+def test_routed_experts_of_all_models_are_one_table(tables, tmp_path):
+    row = {**ROW, "op": "moe-experts", "model": "a"}
+    large = {**row, "size": {"tokens": 16384}, "flops": 2.5e10, "of_ceiling": 0.6}
+    (tmp_path / "a.json").write_text(json.dumps({**HELD, "rows": [row, large]}))
+    found = tables.experts_summary(tables.load(tmp_path)).splitlines()
+    assert found[-1] == "| a | 50% | 500 | 16,384 |"
+    assert found[-3] == "| model | 4 tokens | most TFLOP/s | at tokens |"
+    assert tables.experts_summary([]) == ""
 
 
 def test_whole_models_are_shown_by_tokens(tables, tmp_path):

@@ -1,6 +1,6 @@
 """Tables from JSON, for README.md and the documentation: measurements, supported models.
 
-python docs/tools/tables.py         rewrite what README.md has of them
+python docs/tools/tables.py         rewrite what README.md has of them, and the roofline picture
 MkDocs runs this file as a hook, which fills in the tables and lists the support table.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "examples" / "benchmarks" / "results"
 HEADLINE_MODEL, HEADLINE_OPS = "qwen3.5-35b-a3b", ("moe-block", "delta-prefill", "delta-decode")
+ROOFLINE = ROOT / "docs" / "images" / "roofline.svg"
 BEGIN, END = "<!-- benchmarks: made by docs/tools/tables.py -->", "<!-- end of benchmarks -->"
 SUPPORT = ROOT / "docs" / "data" / "support.json"
 SUPPORT_BEGIN = "<!-- support: made by docs/tools/tables.py -->"
@@ -164,6 +165,25 @@ def markdown(table: Table) -> str:
     return "\n".join(lines)
 
 
+def experts_summary(tables: list[Table]) -> str:
+    """Routed experts of every model: share of the least possible time, and TFLOP/s at most."""
+    chosen = [table for table in tables if table.op == "moe-experts" and table.of_ceiling]
+    if not chosen:
+        return ""
+    few = sorted({size for table in chosen for size in table.of_ceiling if size <= 64})
+    head = ["model", *(f"{size:,} tokens" for size in few), "most TFLOP/s", "at tokens"]
+    lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
+    for table in sorted(chosen, key=lambda table: (table.gpu, table.model)):
+        size, (_, most) = max(table.rates.items(), key=lambda item: item[1][1])
+        shares = [_shown(table.of_ceiling.get(each), "{:.0%}") for each in few]
+        lines.append(_line([table.model, *shares, f"{most:,.0f}", f"{size:,}"]))
+    gpus = ", ".join(dict.fromkeys(table.gpu for table in chosen))
+    return (
+        f"Routed experts alone, bf16, on one {gpus}: share of the least possible time, for few "
+        "tokens that of reading the experts they go to:\n\n" + "\n".join(lines)
+    )
+
+
 def caption(table: Table) -> str:
     """What was measured, where, and how to repeat it."""
     commit = f", commit {table.commit[:9]}" if table.commit else ""
@@ -195,6 +215,7 @@ def headline(tables: list[Table], generations: list[Generation] | None = None) -
     models = [each for each in generations if each.model.startswith(HEADLINE_MODEL)]
     parts = [f"{each.caption()}:\n\n{each.markdown()}" for each in models]
     parts += [f"{caption(table)}:\n\n{markdown(table)}" for table in chosen]
+    parts += [text for text in [experts_summary(tables)] if text]
     return "\n\n".join(parts)
 
 
@@ -320,9 +341,25 @@ def on_page_markdown(text: str, page: Any, **_: Any) -> str:
     whole = [f"## {g.title()}\n\n{g.caption()}\n\n{g.markdown()}" for g in load_generations()]
     text = text.replace("<!-- ranks -->", ranks_table())
     text = text.replace("<!-- small sums -->", sums_table())
-    return text.replace("<!-- every benchmark -->", "\n\n".join([*whole, every_table(load())]))
+    tables = load()
+    text = text.replace("<!-- experts -->", experts_summary(tables))
+    return text.replace("<!-- every benchmark -->", "\n\n".join([*whole, every_table(tables)]))
+
+
+def roofline(folder: Path = RESULTS, picture: Path = ROOFLINE) -> None:
+    """Draw the layers that were measured on one H100."""
+    from inductor_moe.bench import plot, results
+
+    found = [results.Results.load(path) for path in sorted(folder.glob("*.json"))]
+    chosen = [
+        each
+        for each in found
+        if "H100" in each.gpu and all(len(row.size) == 1 for row in each.rows)
+    ]
+    plot.roofline(results.merged(chosen, (), ()), picture)
 
 
 if __name__ == "__main__":
+    roofline()
     readme = ROOT / "README.md"
     readme.write_text(updated(readme.read_text(), load()))

@@ -84,7 +84,7 @@ def touched(shape: Moe, tokens: int) -> float:
     return shape.experts * (1 - (1 - shape.top_k / shape.experts) ** tokens)
 
 
-def experts_read(experts: nn.Module, call: Callable[..., Any], inputs: list[Tensor]) -> float:
+def experts_read(experts: Any, call: Callable[..., Any], inputs: list[Tensor]) -> float:
     """How many distinct experts a call routes its tokens to, mean over inputs."""
     counts: list[int] = []
 

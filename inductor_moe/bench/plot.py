@@ -18,7 +18,7 @@ def roofline(results: Results, path: Path) -> None:
     Raises InductorMoeError without matplotlib, or without a row to show.
     """
     try:
-        from matplotlib import colormaps
+        from matplotlib import colormaps, rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InductorMoeError("--plot: needs matplotlib; pip install matplotlib") from error
@@ -35,8 +35,8 @@ def roofline(results: Results, path: Path) -> None:
     heights = [min(best.flops, best.read * x) / 1e12 for x in roof]
     axes.plot(roof, heights, color="0.3", label=f"{results.gpu}, measured")
     kinds = list(dict.fromkeys((row.op, row.model) for row in timed))
-    shades = colormaps["tab20" if len(kinds) > 10 else "tab10"].colors
-    colours = {kind: shades[i % len(shades)] for i, kind in enumerate(kinds)}
+    shades, count = ("tab20", 20) if len(kinds) > 10 else ("tab10", 10)
+    colours = {kind: colormaps[shades](i % count) for i, kind in enumerate(kinds)}
     for (op, model), colour in colours.items():
         for provider, marker in MARKERS.items():
             some = [r for r in timed if (r.op, r.model, r.provider) == (op, model, provider)]
@@ -58,4 +58,6 @@ def roofline(results: Results, path: Path) -> None:
     axes.set_ylabel("TFLOP/s")
     axes.grid(True, which="major", alpha=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, dpi=150)
+    # without a date and random names: the same rows give the same file
+    with rc_context({"svg.hashsalt": "roofline"}):
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -37,9 +37,7 @@ from inductor_moe.kernels.dependent import wait_for_inputs
 
 
 @triton.jit
-def row_sums(
-    q, k, g, inside, K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr
-):  # fmt: skip
+def row_sums(q, k, g, inside, K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr):
     """Sums over K of q * q, k * k and q * k, and the smallest whole decay of any channel.
 
     q, k and g [C, 1] point to rows.
@@ -227,6 +225,8 @@ def delta_channel_intra_kernel(
     else:
         key_scale = tl.full([C], 1.0, tl.float32)
         query_scale = key_scale * SCALE
+    # beside the one product, the levels' would not fit the registers
+    NARROW: tl.constexpr = BLOCK_K // 2 if WIDE_RANGE and BLOCK_K > 16 else BLOCK_K
     if WIDE_RANGE and least >= -224.0:
         kk, qk = mild_decays(
             q, k, g, q_read, k_read, k_write, whole, inside, query_scale, key_scale,
@@ -235,7 +235,7 @@ def delta_channel_intra_kernel(
     else:
         kk, qk = strong_decays(
             q, k, g, q_read, k_read, k_write, whole, inside, query_scale, key_scale, levels,
-            K, BLOCK_K, C, EXACT, PRECISION,
+            K, NARROW, C, EXACT, PRECISION,
         )  # fmt: skip
 
     beta += batch * beta_b + head * beta_h + first * beta_t

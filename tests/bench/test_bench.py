@@ -44,8 +44,11 @@ def test_a_block_is_checked_timed_and_written(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name, size", [("delta-decode", 3), ("delta-prefill", 70)])
-def test_eager_agrees_with_the_reference(name, size):
+@pytest.mark.parametrize(
+    "name, size", [("delta-decode", 3), ("delta-prefill", 70), ("delta-prompts", 2)]
+)
+def test_eager_agrees_with_the_reference(name, size, monkeypatch):
+    monkeypatch.setattr(delta, "PROMPT", 70)
     chosen = only(run.OPS[name].cases("tiny", "cpu", [size]))
     row = only(run.measure(chosen, ["eager"], BEST))
     assert row.us > 0 and row.error < 2e-2
@@ -63,6 +66,42 @@ def test_a_wrong_provider_gets_no_time(name, monkeypatch):
     monkeypatch.setattr(providers, "callable_of", lambda *_: slightly_off)
     row = only(run.measure(chosen, ["inductor"], BEST))
     assert row.us is None and row.note == "wrong" and row.error > 0.04
+
+
+@torch.no_grad()
+def test_bytes_are_those_of_the_experts_that_are_read():
+    shape = shapes.MODELS["tiny"].moe
+    chosen = only(moe.experts_cases("tiny", "cpu", [1]))
+    assert chosen.bytes == 2 * (2 * shape.expert_parameters() + 2 * shape.hidden)
+    block = shapes.moe_block(shape, "cpu")
+    inputs = [torch.randn(1, rows, shape.hidden).bfloat16() for rows in (1, 400)]
+    assert moe.experts_read(block.experts, moe.first_output(block), inputs) == (2 + 8) / 2
+    assert not block.experts._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_a_rule_per_channel_is_the_same_head_by_head():
+    shape = dataclasses.replace(shapes.MODELS["tiny"].delta, value_heads=2, gate="channel")
+    layer = delta.Prefill(shape, "cpu").requires_grad_(False)
+    inputs = [torch.randn(2, 70, 2, *width) for width in ((16,), (16,), (16,), (16,), ())]
+    for whole, pieces in zip(layer(*inputs), layer.by_heads(*inputs), strict=True):
+        torch.testing.assert_close(pieces, whole)
+
+
+def test_results_of_one_gpu_are_merged():
+    row = results.Row("moe-block", "tiny", {"tokens": 1}, "ours", us=1.0)
+    other = dataclasses.replace(row, op="moe-experts", model="mixtral-8x7b")
+    first, second = (
+        results.Results("A GPU", {}, "", "", Ceilings(*best), (each,))
+        for best, each in (((1.0, 4.0, 2.0), row), ((3.0, 2.0, 2.0), other))
+    )
+    both = results.merged([first, second], (), ())
+    assert both.rows == (row, other) and both.ceilings == Ceilings(3.0, 4.0, 2.0)
+    assert results.merged([first, second], ("moe-experts",), ()).rows == (other,)
+    with pytest.raises(InductorMoeError, match="no row"):
+        results.merged([first, second], ("moe-experts",), ("tiny",))
+    with pytest.raises(InductorMoeError, match="one GPU, got A GPU, B"):
+        results.merged([first, dataclasses.replace(second, gpu="B")], (), ())
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from inductor_moe import tiles
-from inductor_moe.bench import candidates, tune
+from inductor_moe.bench import candidates, timing, tune
 from inductor_moe.bench.shapes import MODELS
 from inductor_moe.cli import app
 from inductor_moe.errors import InductorMoeError
@@ -56,6 +56,14 @@ def test_wrong_numbers_are_never_timed(monkeypatch):
     right, wrong = (Plan(16, tiles.GemmTile(n, 64, 8, 4, 3), TILE) for n in (64, 128))
     assert meter(right) == 5.0 and meter.wrong == 0
     assert meter(wrong) == math.inf and meter.wrong == 1
+
+
+def test_a_hopeless_call_is_timed_in_less_detail():
+    calls = []
+    taken, spread = timing.microseconds(calls.append, [(1,)], give_up=0.0)
+    assert taken > 0 and spread == 0 and len(calls) == timing.WARM_UPS
+    timing.microseconds(calls.append, [(1,)])
+    assert len(calls) == 2 * timing.WARM_UPS + timing.REPLAYS
 
 
 GENERIC = tiles.generic_gpu((9, 0))
