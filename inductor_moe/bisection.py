@@ -38,6 +38,7 @@ def bisect(run: Run, tolerance: float = 1e-2) -> tuple[Culprit, ...]:
     tolerance  relative distance from the result without any rewrite
     """
     from inductor_moe.patterns import ALL
+    from inductor_moe.patterns.delta_rule import convolution
 
     names = [rewrite.name for rewrite in ALL]
 
@@ -49,16 +50,21 @@ def bisect(run: Run, tolerance: float = 1e-2) -> tuple[Culprit, ...]:
         return result, merge(reports).matched if reports else ()
 
     reference, _ = without(names)
-    result, _ = without([])
-    if _distance(result, reference) <= tolerance:
+    whole, _ = without([])
+    if _distance(whole, reference) <= tolerance:
         return ()
     found = []
     for name in names:
-        others = [other for other in names if other != name]
+        others = [convolution.NAME, *(other for other in names if other != name)]
         result, sites = without(others)
         far = _distance(result, reference)
         if sites and not far <= tolerance:
             found.append(Culprit(name, far, _first_site(without, others, reference, tolerance)))
+    # It is no site, and done only beside a rewritten rule: what counts is what it adds to all.
+    beside, _ = without([convolution.NAME])
+    far = _distance(whole, beside)
+    if not far <= tolerance:
+        found.append(Culprit(convolution.NAME, far, None))
     return tuple(found)
 
 

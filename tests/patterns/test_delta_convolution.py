@@ -11,8 +11,11 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
+import inductor_moe
 from inductor_moe.ops.delta_rule import delta_rule
+from inductor_moe.patterns.delta_rule import convolution
 from inductor_moe.patterns.delta_rule.convolution import spread_convolutions
+from inductor_moe.patterns.walk import call
 from inductor_moe.testing import capture, graph_backend, relative_error
 
 CHANNELS = 12
@@ -132,6 +135,26 @@ def test_otherwise_it_is_left(layer, options):
     rows, *weights = inputs()
     capture(Layer(*weights, **layer), rows, options=options, graphs=graphs)
     assert [left_in(graph.graph) for graph in graphs] == [1]
+
+
+def test_bisect_names_a_wrong_one(monkeypatch):
+    right = convolution._sum_of_taps
+
+    def wrong(graph, site):
+        total = right(graph, site)
+        return call(graph, torch.ops.aten.neg.default, total, like=total)
+
+    rows, *weights = inputs()
+    layer = Layer(*weights)
+
+    def run(options):
+        with torch.no_grad():
+            return torch.compile(layer, backend=graph_backend(options), fullgraph=True)(rows)
+
+    assert inductor_moe.bisect(run, tolerance=1e-3) == ()
+    monkeypatch.setattr(convolution, "_sum_of_taps", wrong)
+    (culprit,) = inductor_moe.bisect(run, tolerance=1e-3)
+    assert culprit.rewrite == "delta_rule.convolution" and culprit.distance > 1e-2
 
 
 OTHERS = {
