@@ -39,7 +39,7 @@ def test_options_are_split_from_inductors():
     [
         (
             {"inductor_moe.stict": True},
-            "valid options: inductor_moe.disable, inductor_moe.int8_activations, ",
+            "valid options: inductor_moe.dependent_launch, inductor_moe.disable, ",
         ),
         ({"inductor_moe.strict": "yes"}, "must be True or False, got 'yes'"),
         (
