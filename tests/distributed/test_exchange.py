@@ -9,7 +9,7 @@ import ranks
 from inductor_moe.parallel_exchange import FEWEST, all_to_all_from
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [2, 4])
 def test_every_choice_is_computed_wherever_its_expert_is(tmp_path, world):
     # 1 and 3: ranks without a token of their own, and counts that do not divide.
     arguments = {"tokens": [1, 3, 16, 33]}
@@ -28,14 +28,8 @@ def test_every_choice_is_computed_wherever_its_expert_is(tmp_path, world):
     "families, world, dtype, steps, exchange, first",
     [
         (["qwen3_5_moe_text"], 2, "bfloat16", 2, "auto", 8),
-        pytest.param(
-            ["qwen3_moe", "qwen3_5_moe_text"], 2, "float32", 32, "all-to-all", None,
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            ["qwen3_moe", "qwen3_5_moe_text"], 4, "bfloat16", 32, "all-to-all", None,
-            marks=pytest.mark.slow,
-        ),
+        (["qwen3_moe", "qwen3_5_moe_text"], 2, "float32", 32, "all-to-all", None),
+        (["qwen3_moe", "qwen3_5_moe_text"], 4, "bfloat16", 32, "all-to-all", None),
     ],
     ids=str,
 )  # fmt: skip

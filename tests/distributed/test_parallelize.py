@@ -11,8 +11,8 @@ import ranks
     "families, world, dtype, steps",
     [
         (["qwen3_5_moe_text"], 2, "bfloat16", 3),
-        pytest.param(["qwen3_moe", "qwen3_5_moe_text"], 2, "float32", 32, marks=pytest.mark.slow),
-        pytest.param(["qwen3_moe", "qwen3_5_moe_text"], 4, "bfloat16", 32, marks=pytest.mark.slow),
+        (["qwen3_moe", "qwen3_5_moe_text"], 2, "float32", 32),
+        (["qwen3_moe", "qwen3_5_moe_text"], 4, "bfloat16", 32),
     ],
     ids=str,
 )
@@ -117,7 +117,7 @@ def test_what_cannot_be_sharded_is_refused_on_every_rank(tmp_path, world, expect
     "dies",
     [
         pytest.param(True, id="dies"),
-        pytest.param(False, id="falls-behind", marks=pytest.mark.slow),
+        pytest.param(False, id="falls-behind"),
     ],
 )
 def test_a_rank_that_is_missing_ends_the_others_in_time(tmp_path, dies):

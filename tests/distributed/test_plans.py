@@ -13,8 +13,8 @@ FAMILIES = ["qwen3_moe", "qwen3_5_moe_text"]
     "families, world, dtype, steps",
     [
         (FAMILIES[:1], 2, "bfloat16", 3),
-        pytest.param(FAMILIES, 2, "float32", 32, marks=pytest.mark.slow),
-        pytest.param(FAMILIES, 4, "bfloat16", 32, marks=pytest.mark.slow),
+        (FAMILIES, 2, "float32", 32),
+        (FAMILIES, 4, "bfloat16", 32),
     ],
     ids=str,
 )
