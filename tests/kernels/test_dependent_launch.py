@@ -65,9 +65,12 @@ def test_a_graph_that_does_not_ask_launches_plainly(options):
         assert PLAIN in text and DEPENDENT not in text and "launch_pdl" not in text
 
 
-def test_a_package_launches_plainly():
+def test_a_package_launches_plainly(monkeypatch):
+    asked, may_depend = [], launches._may_depend
+    monkeypatch.setattr(launches, "_may_depend", lambda: asked.append(may_depend()) or asked[-1])
     code = generated(Options(), package=True)
     assert "quantized_up_decode_kernel" in code and "launch_pdl" not in code
+    assert asked and not any(asked)
 
 
 def test_older_gpus_launch_plainly(monkeypatch):
