@@ -16,6 +16,7 @@ def install() -> None:
 
     compat.remember_launches()
     compat.launch_dependently()
+    compat.keep_array_scopes()
     attention.register()
     moe.register()
     delta_rule.register()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,30 @@ def _share_buffers(exported_program: Any) -> torch.fx.GraphModule:
         del owner._buffers[name]
         owner.register_parameter(name, torch.nn.Parameter(buffer, requires_grad=False))
     return program
+
+
+@functools.cache
+def keep_array_scopes() -> None:
+    """Have the C++ of a package declare sizes and strides wherever it uses them. Idempotent.
+
+    The generator looks for a declaration by the `id` of the method that writes it. Before torch
+    2.13 this is a bound method that dies with the call, and one of another buffer may be born at
+    its address: by chance, the C++ names an array of another scope and does not compile. So the
+    first such method of each buffer is kept, and stands for those that come later.
+    """
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    declare = CppWrapperCpu.codegen_int_array_var
+
+    @functools.wraps(declare)
+    def codegen_int_array_var(
+        self: Any, int_array: str, writeline: Callable[..., None], *args: Any, **kwargs: Any
+    ) -> str:
+        target = id(getattr(writeline, "__self__", writeline))
+        kept = vars(self).setdefault("_inductor_moe_writers", {}).setdefault(target, writeline)
+        return declare(self, int_array, kept, *args, **kwargs)
+
+    CppWrapperCpu.codegen_int_array_var = codegen_int_array_var  # type: ignore[method-assign]
 
 
 def write_pt2(path: Path, files: Mapping[str, Any], records: Mapping[str, Any]) -> None:

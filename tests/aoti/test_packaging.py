@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import forms
 import pytest
 import torch
 import zoo
+from torch.utils._ordered_set import OrderedSet
 
 import inductor_moe
+from inductor_moe import lowerings
 from inductor_moe.backend import collected
 from inductor_moe.errors import UnknownOptionError
 from inductor_moe.testing import fused_layers, relative_error
@@ -96,3 +99,23 @@ def test_configs_for_pytorchs_own_packaging():
 def test_a_bad_option_is_named():
     with pytest.raises(UnknownOptionError, match="valid options"):
         inductor_moe.inductor_configs({"inductor_moe.stict": True})
+
+
+def test_an_array_is_declared_in_every_buffer_that_uses_it():
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+    from torch._inductor.utils import IndentedBuffer
+
+    lowerings.install()
+    wrapper = CppWrapperCpu.__new__(CppWrapperCpu)
+    wrapper.int_array_id = itertools.count()
+    wrapper.declared_int_array_vars = OrderedSet()
+    wrapper.codegen_int_array_var_cache = {}
+    for _ in range(20):  # a dead buffer's address is taken again, a dead method's at once
+        buffers = [IndentedBuffer() for _ in range(3)]
+        for buffer in buffers:
+            names = {
+                wrapper.codegen_int_array_var("{4L, 8L}", buffer.writeline, known_statically=True)
+                for _ in range(2)
+            }
+            (name,) = names
+            assert buffer.getvalue().count(f" {name}[] = {{4L, 8L}};") == 1
