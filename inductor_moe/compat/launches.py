@@ -79,8 +79,7 @@ def launch_dependently() -> None:
     """Let graphs launch this package's kernels while the kernel before them ends. Idempotent.
 
     The copy of a kernel that Inductor writes into a graph's code is changed, not the kernel: the
-    analysis of what a launch writes gives up on the instructions this takes. A package launches
-    by its own C++, which has no such launches.
+    analysis of what a launch writes gives up on the instructions this takes.
     """
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 
@@ -94,8 +93,58 @@ def launch_dependently() -> None:
         return define(self, name, body, *args, **kwargs)
 
     PythonWrapperCodegen.define_kernel = define_kernel  # type: ignore[method-assign, assignment]
+    _launch_from_cpp()
 
 
+def _launch_from_cpp() -> None:
+    """Teach the C++ of packages these launches, where PyTorch (before 2.15) does not know them."""
+    from torch._inductor.codegen.cpp_wrapper_gpu import DeferredTritonCallWrapper
+    from torch._inductor.codegen.cuda.device_op_overrides import CUDADeviceOpOverrides
+    from torch._inductor.utils import IndentedBuffer
+
+    if torch.version.hip or hasattr(CUDADeviceOpOverrides, "cpp_kernel_launch_supports_pdl"):
+        return
+    driver = CUDADeviceOpOverrides.kernel_driver
+    generate: Callable[..., None] = DeferredTritonCallWrapper.generate_launch_kernel
+
+    @functools.wraps(driver)
+    def kernel_driver(self: Any) -> str:
+        return driver(self) + LAUNCHER
+
+    @functools.wraps(generate)
+    def generate_launch_kernel(self: Any, prefix: Any, *args: Any) -> None:
+        *_, params = args
+        if not params["triton_meta"].get("launch_pdl"):
+            return generate(self, prefix, *args)
+        written = IndentedBuffer()
+        generate(self, written, *args)
+        prefix.splice(written.getvalue().replace("launchKernel(", "launchDependentKernel("))
+
+    CUDADeviceOpOverrides.kernel_driver = kernel_driver  # type: ignore[method-assign]
+    DeferredTritonCallWrapper.generate_launch_kernel = generate_launch_kernel  # type: ignore[method-assign]
+
+
+LAUNCHER = """
+static inline void launchDependentKernel(
+        CUfunction function, uint32_t gridX, uint32_t gridY, uint32_t gridZ, uint32_t numWarps,
+        uint32_t sharedMemBytes, void* args[], cudaStream_t stream) {
+    CUlaunchAttribute attribute{};
+    attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attribute.value.programmaticStreamSerializationAllowed = 1;
+    CUlaunchConfig config{};
+    config.gridDimX = gridX;
+    config.gridDimY = gridY;
+    config.gridDimZ = gridZ;
+    config.blockDimX = 32 * numWarps;
+    config.blockDimY = 1;
+    config.blockDimZ = 1;
+    config.sharedMemBytes = sharedMemBytes;
+    config.hStream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    CUDA_DRIVER_CHECK(cuLaunchKernelEx(&config, function, args, nullptr));
+}
+"""
 PLAIN, DEPENDENT = (f"DEPENDENT = tl.constexpr({value})" for value in (False, True))
 
 
@@ -104,8 +153,6 @@ def _may_depend() -> bool:
     from torch._inductor import config
     from torch._inductor.virtualized import V
 
-    if getattr(V.graph, "cpp_wrapper", False):
-        return False
     asked = any(
         getattr(getattr(ours, "options", None), "dependent_launch", False)
         for ours in graph_passes(config.post_grad_custom_pre_pass)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 from delta_inputs import decode_inputs
 from kernels.generated import Drawn, source
 from kernels.test_dispatch_source import packed_experts
@@ -22,10 +25,14 @@ from kernels.test_quant_offline_compile import (
     record_merged,
 )
 from torch._inductor import config
+from torch._inductor.codegen.cpp_wrapper_gpu import CppWrapperGpu, DeferredTritonCallWrapper
+from torch._inductor.codegen.cuda.device_op_overrides import CUDADeviceOpOverrides
+from torch._inductor.utils import IndentedBuffer
 from torch._inductor.virtualized import V
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from inductor_moe import lowerings
 from inductor_moe.compat import launches
 from inductor_moe.compat.launches import DEPENDENT, PLAIN
 from inductor_moe.config import Options
@@ -65,18 +72,66 @@ def test_a_graph_that_does_not_ask_launches_plainly(options):
         assert PLAIN in text and DEPENDENT not in text and "launch_pdl" not in text
 
 
-def test_a_package_launches_plainly(monkeypatch):
-    asked, may_depend = [], launches._may_depend
-    monkeypatch.setattr(launches, "_may_depend", lambda: asked.append(may_depend()) or asked[-1])
-    code = generated(Options(), package=True)
-    assert "quantized_up_decode_kernel" in code and "launch_pdl" not in code
-    assert asked and not any(asked)
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_package_launches_its_kernels_dependently_if_asked(monkeypatch, asked):
+    bodies, define = [], CppWrapperGpu._define_kernel_helper
+
+    def helper(self, name, body, *rest, **kwargs):
+        bodies.append(body)
+        return define(self, name, body, *rest, **kwargs)
+
+    monkeypatch.setattr(CppWrapperGpu, "_define_kernel_helper", helper)
+    code = generated(Options(dependent_launch=asked), package=True)
+    assert "quantized_up_decode_kernel" in code
+    assert len(bodies) >= 2
+    for body in bodies:
+        assert (DEPENDENT in body) == asked and (PLAIN in body) != asked
+        assert body.count("'launch_pdl': True") == asked
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_cpp_of_a_launch(asked):
+    lowerings.install()
+    meta = {"constants": {}, "signature": {}, **({"launch_pdl": True} if asked else {})}
+    params = {
+        "triton_meta": meta, "def_args": [], "call_args": [], "num_warps": 4, "shared_mem": 64,
+        "config": {},
+    }  # fmt: skip
+    wrapper = SimpleNamespace(
+        device="cuda", generate_args_decl=lambda *_, **__: "",
+        device_codegen=CUDADeviceOpOverrides(),
+    )  # fmt: skip
+    call = DeferredTritonCallWrapper("call_kernel", "kernel", {}, [])
+    written = IndentedBuffer()
+    with written.indent():
+        call.generate_launch_kernel(written, wrapper, "kernels_.kernel", params)
+    launch = written.getvalue().splitlines()[-1]
+    name, arguments = re.fullmatch(r" +(\w+)\((.*)\);", launch).groups()
+    own = name == "launchDependentKernel"
+    known = "kernels_.kernel, grid_0, grid_1, grid_2, 4, 64, kernel_args_, stream_"
+    assert arguments in (known, f"{known}, {str(asked).lower()}")
+    assert asked == (own or arguments.endswith("true"))
+
+
+def test_the_launcher_is_cpp(tmp_path):
+    lowerings.install()
+    driver = CUDADeviceOpOverrides().kernel_driver()
+    includes = "cuda.h", "filesystem", "optional", "stdexcept", "string", "vector"
+    lines = [
+        *(f"#include <{name}>" for name in includes),
+        "typedef CUstream cudaStream_t;",
+        driver,
+    ]
+    path = tmp_path / "driver.cpp"
+    path.write_text("\n".join(lines))
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    command = ["g++", "-std=c++17", "-Wall", "-Werror", "-Wno-unused-function", "-fsyntax-only"]
+    subprocess.run([*command, "-I", str(folder), str(path)], check=True)
+    assert "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION" in driver
 
 
 def test_older_gpus_launch_plainly(monkeypatch):
-    graph = SimpleNamespace(
-        cpp_wrapper=False, get_current_device_or_throw=lambda: torch.device("cuda")
-    )
+    graph = SimpleNamespace(get_current_device_or_throw=lambda: torch.device("cuda"))
     ours = SimpleNamespace(options=Options())
     for capability, expected in (((8, 9), False), ((9, 0), True), ((12, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
