@@ -25,8 +25,9 @@ def starts(layer: Experts, tokens: int) -> Iterator[Plan]:
     pairs = tokens * layer.top_k
     if pairs <= 128 and pairs <= 2 * layer.experts:
         yield Plan(0, DecodeTile(4, 1024, 2), DecodeTile(4, 512, 4, unroll=4))
+    per_expert = min(pairs / layer.experts, 512)  # beyond, blocks of 128 rows are all that counts
     for block_m in (16, 32, 64, 128):
-        if pairs / layer.experts / 8 < block_m <= max(16, 3 * pairs / layer.experts):
+        if per_expert / 8 < block_m <= max(16, 3 * per_expert):
             tile = GemmTile(128, 64, 8, 4 if block_m < 128 else 8, 3)
             yield Plan(block_m, tile, tile)
 

@@ -39,6 +39,14 @@ def test_the_search_finds_the_best_where_the_sides_are_independent(tokens):
     assert best <= min(map(cost, reachable))
 
 
+@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model.moe])
+def test_there_is_something_to_try_at_every_size(name):
+    layer = tune.layer_of(MODELS[name].moe)
+    for tokens in (*tune.TOKENS, 1 << 20):
+        blocks = [plan.block_m for plan in candidates.starts(layer, tokens)]
+        assert blocks and (128 in blocks) == (3 * tokens * layer.top_k >= 128 * layer.experts)
+
+
 def test_a_layer_without_a_plan_that_runs_is_an_error():
     with pytest.raises(InductorMoeError, match="no tile runs"):
         tune.search(LAYER, 4, lambda plan: math.inf)
