@@ -82,7 +82,7 @@ def delta_rule_recurrent(
         current = current + key * delta.unsqueeze(-2)
         outputs.append((current * queries[:, t, :, :, None]).sum(-2))
     if not outputs:
-        out = v.to(dtype)
+        out, current = torch.zeros_like(v), current.clone()
     elif len(outputs) == 1:
         out = outputs[0].unsqueeze(1)
     else:

@@ -170,6 +170,18 @@ def test_state_keeps_its_dtype_and_is_not_written():
     torch.testing.assert_close(without, zeros)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("given", [False, True], ids=["no-state", "state"])
+def test_no_tokens_leave_a_state_of_its_own(given, compiled):
+    q, k, v, g, beta, state = inputs(0)
+    run = torch.compile(delta_rule, backend="inductor_moe") if compiled else delta_rule
+    with torch.no_grad():
+        out, final = run(q, k, v, g, beta, state if given else None, SCALE, 1e-6)
+    assert out.shape == v.shape and out.dtype == v.dtype
+    torch.testing.assert_close(final, state if given else torch.zeros_like(state))
+    assert final.data_ptr() != state.data_ptr()
+
+
 def test_padded_strides():
     arguments = inputs(20)
     padded = [F.pad(x, (0, 3))[..., :-3] for x in arguments]
