@@ -21,7 +21,7 @@ def register() -> None:
 
 def delta_rule_lowering(q: Any, *args: Any) -> Any:
     """The implementation that is traced into the graph."""
-    if not compat.runs_triton_kernels(q.device):
+    if not _runs_kernels(q, args[4]):
         tokens = q.shape[1]
         if not compat.is_symbolic(tokens) and tokens <= UNROLLED:
             return reference.delta_rule(q, *args)
@@ -36,11 +36,15 @@ def delta_rule_lowering(q: Any, *args: Any) -> Any:
 
 def delta_decode_lowering(qkv: Any, *args: Any) -> Any:
     """The implementation that is traced into the graph; it updates both states in place."""
-    if not compat.runs_triton_kernels(qkv.device):
+    if not _runs_kernels(qkv, args[7]):
         return reference.delta_decode(qkv, *args)
     from inductor_moe.kernels.delta_decode import delta_decode
 
     return delta_decode(qkv, *args)
+
+
+def _runs_kernels(x: Any, state: Any) -> bool:
+    return ops.have_kernels(x, state) and compat.runs_triton_kernels(x.device)
 
 
 def _traceable(q: Any, *args: Any) -> bool:
@@ -49,7 +53,7 @@ def _traceable(q: Any, *args: Any) -> bool:
     A package must do without the op's eager kernel, so there the count of chunks may be symbolic
     (with a bound); under torch.compile the eager kernel is the faster of the two.
     """
-    if compat.runs_triton_kernels(q.device):
+    if _runs_kernels(q, args[4]):
         return True
     if len(args) > 7 and args[7] is not None:
         return False

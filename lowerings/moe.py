@@ -11,6 +11,7 @@ import torch
 from inductor_moe import compat
 from inductor_moe.lowerings.trace import DECODE_TOKENS, by_tokens, lower
 from inductor_moe.ops import moe, moe_cpu, moe_route, moe_router, shared
+from inductor_moe.ops.dtypes import KERNEL_DTYPES
 
 
 def register() -> None:
@@ -34,7 +35,7 @@ def moe_route_lowering(logits: Any, *args: Any) -> Any:
 
 def moe_router_lowering(x: Any, *args: Any, **own: Any) -> Any:
     """One launch where the device runs our kernels, else the norm, matmuls and top-k in aten."""
-    if not compat.runs_triton_kernels(x.device):
+    if x.dtype not in KERNEL_DTYPES or not compat.runs_triton_kernels(x.device):
         return moe_router.moe_router_plain(x, *args, **own)
     return moe_router.moe_router_cuda(x, *args, **own, wrap=compat.wrap_triton)
 
@@ -42,9 +43,8 @@ def moe_router_lowering(x: Any, *args: Any, **own: Any) -> Any:
 def moe_experts_shared_lowering(x: Any, ids: Any, *args: Any) -> Any:
     """The Triton implementation where the device and dtype run our kernels, else the aten one."""
     packed = args[2][1] is not None
-    if not compat.runs_triton_kernels(x.device) or (
-        packed and x.dtype not in (torch.bfloat16, torch.float16)
-    ):
+    served = x.dtype in ((torch.bfloat16, torch.float16) if packed else KERNEL_DTYPES)
+    if not served or not compat.runs_triton_kernels(x.device):
         return shared.moe_experts_shared_plain(x, ids, *args)
     from inductor_moe.ops import shared_cuda
 
@@ -60,7 +60,8 @@ def _lowering(launcher: str, aten: Callable[..., Any], ids: int) -> Callable[...
     """
 
     def implementation(*args: Any) -> Any:
-        if not compat.runs_triton_kernels(args[0].device):
+        x = args[0]
+        if x.dtype not in KERNEL_DTYPES or not compat.runs_triton_kernels(x.device):
             return aten(*args)
         from inductor_moe.ops import moe_cuda
 

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from inductor_moe import compat
+from inductor_moe.ops.dtypes import KERNEL_DTYPES
 
 PROGRAMS, ROOM = 64, 1024  # programs of a launch at most, 32-bit words of each
 MAX_BYTES = 4 * PROGRAMS * ROOM
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FEWEST = 128  # words of a program
 
 _shared: dict[str, SharedMemory] = {}
@@ -74,7 +74,7 @@ def why_not(x: Tensor, group_name: str) -> str | None:
         return _absent.get(
             group_name, "its ranks share no memory; inductor_moe.parallelize sets it up"
         )
-    if x.dtype not in DTYPES:
+    if x.dtype not in KERNEL_DTYPES:
         return f"there is no kernel for {x.dtype}"
     count = x.numel()
     if not isinstance(count, int):

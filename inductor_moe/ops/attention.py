@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from inductor_moe.attention_tiles import AttentionTile, choose_attention_tile
+from inductor_moe.ops.dtypes import KERNEL_DTYPES
 from inductor_moe.tiles import gpu_of
 
 MAX_HEAD_DIM = 256
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> None:

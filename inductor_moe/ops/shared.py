@@ -204,4 +204,4 @@ def _runs_kernels(x: Tensor, routed: Sequence[Tensor | None]) -> bool:
         return False
     if routed[1] is not None:
         return quant.triton_launches(x) is not None
-    return moe.triton_launches(x.device) is not None
+    return moe.triton_launches(x) is not None
