@@ -323,6 +323,14 @@ def test_decode_for_32_steps_keeps_both_states(gate, per_channel):
         assert error(given["recurrent_state"], wide["recurrent_state"]) < 1e-4
 
 
+def test_decode_rounds_a_token_where_it_is_stored_not_where_it_is_convolved():
+    given = decode_inputs()
+    given["conv_state"] = given["conv_state"].bfloat16()
+    wide = dict(zip(given, double_values(given), strict=True))
+    assert error(delta_decode(**given), delta_decode(**wide)) < 1e-5
+    torch.testing.assert_close(given["conv_state"], wide["conv_state"].bfloat16(), rtol=0, atol=0)
+
+
 def double_values(given):
     return [x.double() if isinstance(x, torch.Tensor) else x for x in given.values()]
 
