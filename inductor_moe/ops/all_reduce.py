@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from inductor_moe import compat
-from inductor_moe.ops.dtypes import KERNEL_DTYPES
+from inductor_moe.ops.dispatch import KERNEL_DTYPES
 
 PROGRAMS, ROOM = 64, 1024  # programs of a launch at most, 32-bit words of each
 MAX_BYTES = 4 * PROGRAMS * ROOM

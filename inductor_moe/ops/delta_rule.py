@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inductor_moe.ops.dtypes import FLOATS, KERNEL_DTYPES
+from inductor_moe.ops.dispatch import FLOATS, kernels_serve
 from inductor_moe.reference import delta_rule as reference
 
 GATES = ("softplus", "sigmoid", "given")
@@ -56,11 +56,6 @@ def _check_device(op: str, device: torch.device, **tensors: Tensor | None) -> No
             raise ValueError(
                 f"{op}: {name} is on {tensor.device}; it must be on {device} as the others."
             )
-
-
-def have_kernels(*tensors: Tensor | None) -> bool:
-    """Whether there are kernels for tensors of these dtypes: none compute in fp64."""
-    return all(tensor is None or tensor.dtype in KERNEL_DTYPES for tensor in tensors)
 
 
 def check_delta_rule(
@@ -177,7 +172,7 @@ def _delta_rule_cuda(
     from inductor_moe.kernels import delta_rule as kernels
 
     check_delta_rule(q, k, v, g, beta, state, cu_seqlens)
-    run = kernels.delta_rule if have_kernels(q, state) else reference.delta_rule
+    run = kernels.delta_rule if kernels_serve(q, state) else reference.delta_rule
     out, final = run(q, k, v, g, beta, state, scale, l2norm_eps, cu_seqlens)
     return out.contiguous(), final.contiguous()
 
@@ -357,6 +352,6 @@ def _delta_decode_cuda(*args: Any, **kwargs: Any) -> Tensor:
     from inductor_moe.kernels import delta_decode as kernels
 
     arguments = _decode_arguments(*args, **kwargs)
-    served = have_kernels(arguments["qkv"], arguments["recurrent_state"])
+    served = kernels_serve(arguments["qkv"], arguments["recurrent_state"])
     run = kernels.delta_decode if served else reference.delta_decode
     return run(**arguments)

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from inductor_moe.ops.dtypes import KERNEL_DTYPES
+from inductor_moe.ops.dispatch import kernels_serve
 from inductor_moe.ops.moe_checks import check_down, check_experts, check_up
 from inductor_moe.ops.moe_cpu import moe_down_combine_cpu, moe_experts_cpu, moe_up_cpu
 from inductor_moe.reference.moe import (
@@ -254,11 +254,9 @@ def _(
 
 @functools.cache
 def triton_launches(x: Tensor) -> ModuleType | None:
-    """The Triton implementations; None in fp64, without Triton or on a GPU below sm_80."""
-    if x.dtype not in KERNEL_DTYPES or torch.cuda.get_device_capability(x.device) < (8, 0):
+    """The Triton implementations, or None where they do not serve x."""
+    if not kernels_serve(x):
         return None
-    try:
-        from inductor_moe.ops import moe_cuda
-    except ImportError:
-        return None
+    from inductor_moe.ops import moe_cuda
+
     return moe_cuda

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inductor_moe.ops.dtypes import FLOATS
+from inductor_moe.ops.dispatch import FLOATS
 from inductor_moe.reference.moe import ACTIVATIONS, GATES
 
 

@@ -16,7 +16,7 @@ from torch import fx
 
 from inductor_moe.compat import schema_of
 from inductor_moe.ops.attention import MAX_HEAD_DIM, attention_decode
-from inductor_moe.ops.dtypes import KERNEL_DTYPES
+from inductor_moe.ops.dispatch import KERNEL_DTYPES
 from inductor_moe.patterns.rewrite import Refusal, Rewrite
 from inductor_moe.patterns.walk import (
     COPIES,

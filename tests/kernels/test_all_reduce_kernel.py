@@ -13,7 +13,7 @@ from triton.runtime.errors import InterpreterError
 
 from inductor_moe.ops import all_reduce as ops
 from inductor_moe.ops.all_reduce import PROGRAMS, ROOM, SharedMemory, all_reduce_cuda
-from inductor_moe.ops.dtypes import KERNEL_DTYPES
+from inductor_moe.ops.dispatch import KERNEL_DTYPES
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="chooses itself what is interpreted"

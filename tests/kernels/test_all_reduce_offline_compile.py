@@ -11,7 +11,7 @@ import torch
 from kernels.test_moe_offline_compile import GPUS, Recorder, compile_all
 
 from inductor_moe.ops.all_reduce import PROGRAMS, SharedMemory, all_reduce_cuda
-from inductor_moe.ops.dtypes import KERNEL_DTYPES
+from inductor_moe.ops.dispatch import KERNEL_DTYPES
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1" or sys.platform != "linux",

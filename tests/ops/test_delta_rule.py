@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
+from inductor_moe import compat
+from inductor_moe.compat import lowering
+from inductor_moe.ops import delta_rule as ops
 from inductor_moe.ops.delta_rule import delta_decode, delta_rule
 from inductor_moe.reference import delta_rule as reference
 
@@ -180,6 +183,27 @@ def test_no_tokens_leave_a_state_of_its_own(given, compiled):
     assert out.shape == v.shape and out.dtype == v.dtype
     torch.testing.assert_close(final, state if given else torch.zeros_like(state))
     assert final.data_ptr() != state.data_ptr()
+
+
+def test_a_gpu_without_kernels_is_served_by_pytorch(monkeypatch):
+    monkeypatch.setattr(compat, "runs_triton_kernels", lambda device: False)
+    arguments = (*inputs(9), SCALE, 1e-6)
+    found = ops._delta_rule_cuda(*arguments)
+    torch.testing.assert_close(found, delta_rule(*arguments))
+
+
+@pytest.mark.parametrize(
+    "hip, capability, reason",
+    [
+        ("6.4", (9, 4), "there are no kernels for AMD GPUs"),
+        (None, (7, 5), "the GPU has compute capability 7.5, below 8.0"),
+        (None, (8, 0), None),
+    ],
+)
+def test_gpus_with_kernels(hip, capability, reason, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert lowering._no_triton_reason(torch.device("cuda")) == reason
 
 
 def test_padded_strides():
