@@ -35,8 +35,10 @@ def bisect(run: Run, tolerance: float = 1e-2) -> tuple[Culprit, ...]:
     run        compiles with torch.compile(..., backend="inductor_moe", options=options), calls
                the model and returns its result: a tensor, a number, or a nest of them; called
                several times, it must give the same result for the same options
-    tolerance  relative distance from the result without any rewrite
+    tolerance  relative distance from the result without any rewrite, at least 0
     """
+    if not tolerance >= 0:
+        raise ValueError(f"bisect: tolerance is {tolerance}; it must be at least 0")
     from inductor_moe.patterns import ALL
     from inductor_moe.patterns.delta_rule import convolution
 

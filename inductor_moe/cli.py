@@ -16,12 +16,14 @@ from rich.table import Table
 
 from inductor_moe import __version__
 from inductor_moe.bench import command as bench_command
+from inductor_moe.bench.generation_command import to_write
 from inductor_moe.errors import InductorMoeError
 
 if TYPE_CHECKING:
     from inductor_moe.demo import Result
 
 PROGRAM = "inductor-moe"
+STDOUT = Path("-")
 WRONG, UNUSABLE = 1, 2  # exit statuses: the answer is bad news; there is no answer
 
 
@@ -40,6 +42,10 @@ app = typer.Typer(
 )
 console = Console()
 errors = Console(stderr=True)
+
+
+def _or_stdout(path: Path | None) -> Path | None:
+    return path if path == STDOUT else to_write(path)
 
 
 class Experts(enum.StrEnum):
@@ -159,10 +165,13 @@ def explain(
         ),
     ],
     html: Annotated[
-        Path | None, typer.Option(help="Write a self-contained page here.", dir_okay=False)
+        Path | None, typer.Option(help="Write a self-contained page here.", callback=to_write)
     ] = None,
     json: Annotated[
-        str | None, typer.Option(help="Write JSON here; - for standard output.", metavar="FILE")
+        Path | None,
+        typer.Option(
+            help="Write JSON here; - for standard output.", metavar="FILE", callback=_or_stdout
+        ),
     ] = None,
     shapes: Annotated[Shapes, typer.Option(help="torch.compile's dynamic=.")] = Shapes.auto,
     strict: Annotated[
@@ -185,13 +194,13 @@ def explain(
 
             dynamic = {"auto": None, "static": False, "dynamic": True}[shapes]
             report = explain_model(model, *args, dynamic=dynamic, **kwargs)
-    if json == "-":
+    if json == STDOUT:
         print(report.to_json())
     else:
         console.print(escape(str(report)), soft_wrap=True)
     with _clear_errors():
-        if json and json != "-":
-            _write(Path(json), report.to_json())
+        if json and json != STDOUT:
+            _write(json, report.to_json())
         if html:
             _write(html, report.to_html())
     if strict and (report.refused or not report.sites):
@@ -210,7 +219,7 @@ def bisect(
         ),
     ],
     tolerance: Annotated[
-        float, typer.Option(help="Relative distance from the result without any rewrite.")
+        float, typer.Option(min=0, help="Relative distance from the result without any rewrite.")
     ] = 1e-2,
 ) -> None:
     """Find the rewrite, and the site, that changes what a model returns.

@@ -24,6 +24,10 @@ def explain(
     torch.no_grad(). The model's state (a KV cache in the arguments, say) advances as in a normal
     call. `dynamic` and `options` are those of torch.compile.
     """
+    if not callable(model):
+        raise TypeError(
+            f"explain: model is a {type(model).__name__}; it must be a module or a function"
+        )
     compat.clear_graph_breaks()
     _, report = capture(model, *args, dynamic=dynamic, fullgraph=False, options=options, **kwargs)
     return dataclasses.replace(report, breaks=compat.graph_breaks())

@@ -7,6 +7,7 @@ from typing import Any
 from inductor_moe import compat
 from inductor_moe.lowerings.trace import lower
 from inductor_moe.ops import attention, norm_rope
+from inductor_moe.ops.dispatch import kernels_serve
 
 
 def register() -> None:
@@ -17,14 +18,14 @@ def register() -> None:
 
 def norm_rope_lowering(q: Any, *args: Any) -> Any:
     """One launch where the device runs our kernels, else aten."""
-    if not compat.runs_triton_kernels(q.device):
+    if not kernels_serve(q):
         return norm_rope.norm_rope_plain(q, *args)
     return norm_rope.norm_rope_cuda(q, *args, wrap=compat.wrap_triton)
 
 
 def attention_decode_lowering(q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any:
     """One or two launches where the device runs our kernels, else aten's attention."""
-    if q.dtype not in attention.KERNEL_DTYPES or not compat.runs_triton_kernels(q.device):
+    if not kernels_serve(q):
         return attention.attention_decode_aten(q, k, v, mask, scale)
     return attention.attention_decode_cuda(
         q, k, v, mask, scale,

@@ -7,6 +7,7 @@ from typing import Any
 from inductor_moe import compat
 from inductor_moe.lowerings.trace import by_tokens, lower
 from inductor_moe.ops import delta_rule as ops
+from inductor_moe.ops.dispatch import kernels_serve
 from inductor_moe.reference import delta_rule as reference
 from inductor_moe.reference.delta_scan import delta_rule_scan
 
@@ -21,7 +22,7 @@ def register() -> None:
 
 def delta_rule_lowering(q: Any, *args: Any) -> Any:
     """The implementation that is traced into the graph."""
-    if not compat.runs_triton_kernels(q.device):
+    if not kernels_serve(q, args[4]):
         tokens = q.shape[1]
         if not compat.is_symbolic(tokens) and tokens <= UNROLLED:
             return reference.delta_rule(q, *args)
@@ -36,7 +37,7 @@ def delta_rule_lowering(q: Any, *args: Any) -> Any:
 
 def delta_decode_lowering(qkv: Any, *args: Any) -> Any:
     """The implementation that is traced into the graph; it updates both states in place."""
-    if not compat.runs_triton_kernels(qkv.device):
+    if not kernels_serve(qkv, args[7]):
         return reference.delta_decode(qkv, *args)
     from inductor_moe.kernels.delta_decode import delta_decode
 
@@ -49,7 +50,7 @@ def _traceable(q: Any, *args: Any) -> bool:
     A package must do without the op's eager kernel, so there the count of chunks may be symbolic
     (with a bound); under torch.compile the eager kernel is the faster of the two.
     """
-    if compat.runs_triton_kernels(q.device):
+    if kernels_serve(q, args[4]):
         return True
     if len(args) > 7 and args[7] is not None:
         return False

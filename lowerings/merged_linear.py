@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from inductor_moe import compat
 from inductor_moe.lowerings.trace import lower
 from inductor_moe.ops import merged_linear as ops
+from inductor_moe.ops.dispatch import PACKED_KERNEL_DTYPES, kernels_serve
 
 
 def register() -> None:
@@ -18,8 +17,7 @@ def register() -> None:
 
 def merged_linear_lowering(x: Any, *args: Any) -> Any:
     """The implementation that is traced into the graph."""
-    served = x.dtype in (torch.bfloat16, torch.float16)
-    if not served or not compat.runs_triton_kernels(x.device):
+    if not kernels_serve(x, dtypes=PACKED_KERNEL_DTYPES):
         return ops.merged_linear_plain(x, *args)
     from inductor_moe.ops.merged_linear_cuda import merged_linear_cuda
 

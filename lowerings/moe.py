@@ -6,11 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from inductor_moe import compat
 from inductor_moe.lowerings.trace import DECODE_TOKENS, by_tokens, lower
 from inductor_moe.ops import moe, moe_cpu, moe_route, moe_router, shared
+from inductor_moe.ops.dispatch import KERNEL_DTYPES, PACKED_KERNEL_DTYPES, kernels_serve
 
 
 def register() -> None:
@@ -27,14 +26,14 @@ def register() -> None:
 
 def moe_route_lowering(logits: Any, *args: Any) -> Any:
     """One launch where the device runs our kernels, else softmax and top-k in aten."""
-    if not compat.runs_triton_kernels(logits.device):
+    if not kernels_serve(logits):
         return moe_route.moe_route_cpu(logits, *args)
     return moe_route.moe_route_cuda(logits, *args, wrap=compat.wrap_triton)
 
 
 def moe_router_lowering(x: Any, *args: Any, **own: Any) -> Any:
     """One launch where the device runs our kernels, else the norm, matmuls and top-k in aten."""
-    if not compat.runs_triton_kernels(x.device):
+    if not kernels_serve(x):
         return moe_router.moe_router_plain(x, *args, **own)
     return moe_router.moe_router_cuda(x, *args, **own, wrap=compat.wrap_triton)
 
@@ -42,9 +41,7 @@ def moe_router_lowering(x: Any, *args: Any, **own: Any) -> Any:
 def moe_experts_shared_lowering(x: Any, ids: Any, *args: Any) -> Any:
     """The Triton implementation where the device and dtype run our kernels, else the aten one."""
     packed = args[2][1] is not None
-    if not compat.runs_triton_kernels(x.device) or (
-        packed and x.dtype not in (torch.bfloat16, torch.float16)
-    ):
+    if not kernels_serve(x, dtypes=PACKED_KERNEL_DTYPES if packed else KERNEL_DTYPES):
         return shared.moe_experts_shared_plain(x, ids, *args)
     from inductor_moe.ops import shared_cuda
 
@@ -60,7 +57,7 @@ def _lowering(launcher: str, aten: Callable[..., Any], ids: int) -> Callable[...
     """
 
     def implementation(*args: Any) -> Any:
-        if not compat.runs_triton_kernels(args[0].device):
+        if not kernels_serve(args[0]):
             return aten(*args)
         from inductor_moe.ops import moe_cuda
 

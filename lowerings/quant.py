@@ -6,11 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from inductor_moe import compat
 from inductor_moe.lowerings.trace import DECODE_TOKENS, by_tokens, lower
 from inductor_moe.ops import quant
+from inductor_moe.ops.dispatch import PACKED_KERNEL_DTYPES, kernels_serve
 from inductor_moe.reference.quant import dequantize_reference
 
 
@@ -42,9 +41,7 @@ def _lowering(
     """
 
     def implementation(*args: Any) -> Any:
-        x = args[0]
-        served = x.dtype in (torch.bfloat16, torch.float16)
-        if not served or not compat.runs_triton_kernels(x.device):
+        if not kernels_serve(args[0], dtypes=PACKED_KERNEL_DTYPES):
             return plain(*args)
         from inductor_moe.ops import quant_cuda
 

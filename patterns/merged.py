@@ -44,6 +44,13 @@ class Member:
     def rows(self) -> int:
         return int(sizes(self.node)[1])
 
+    @property
+    def weights(self) -> list[fx.Node]:
+        """What the layer reads beside x."""
+        packed = self.packed
+        read = [self.dense] if packed is None else [packed.packed, packed.scales, packed.zeros]
+        return [node for node in read if node is not None]
+
 
 @dataclasses.dataclass(frozen=True)
 class MergedSite:
@@ -111,6 +118,9 @@ def _alike(members: list[Member]) -> list[Member]:
     scheme = schemes.most_common(1)[0][0] if schemes else None
     packed = [m for m in members if m.packed is not None and _scheme(m.packed) == scheme]
     dense = [m for m in members if m.dense is not None and dtype(m.node) == dtype(members[0].x)]
+    if packed or dense:  # The op takes the place of the first, where some may not be known yet.
+        first = min(member.node for member in packed + dense)
+        packed, dense = ([m for m in kind if max(m.weights) < first] for kind in (packed, dense))
     # What starts after an odd number of rows is not aligned.
     packed.sort(key=lambda m: m.rows % 8 != 0)
     dense.sort(key=lambda m: m.rows % 8 != 0)

@@ -338,6 +338,11 @@ def test_one_dynamic_graph_serves_every_length(form):
     assert len(reports) == 1
 
 
+def test_explain_names_what_is_no_model():
+    with pytest.raises(TypeError, match="explain: model is a NoneType; it must be a module"):
+        inductor_moe.explain(None)
+
+
 def test_explain_lists_sites_and_breaks():
     class Broken(torch.nn.Module):
         def __init__(self):

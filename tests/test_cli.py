@@ -163,10 +163,16 @@ def test_explain_without_the_file_or_module(invoke):
     assert "no_such_module: no such module" in invoke("explain", "no_such_module:f").output
 
 
-def test_unwritable_output_is_one_line(invoke, script, tmp_path):
-    result = invoke("explain", f"{script}:plain", "--html", str(tmp_path / "no" / "report.html"))
+@pytest.mark.parametrize(
+    "command",
+    ["explain no_such.py --html", "explain no_such.py --json", "bench --json", "bench --plot",
+     "bench generate --json", "bench scale --json", "profile --trace"],
+)  # fmt: skip
+def test_an_output_that_cannot_be_written_is_said_before_the_work(invoke, tmp_path, command):
+    result = invoke(*command.split(), str(tmp_path / "no" / "out.png"))
     assert result.exit_code == 2
-    assert "No such file or directory" in result.output
+    said = " ".join(result.output.replace("│", "").split())
+    assert f"'{command.split()[-1]}': there is no folder" in said
 
 
 def test_modules_load_from_the_working_directory(script, monkeypatch):
@@ -198,8 +204,11 @@ def test_demo_refuses_a_gpu_that_is_not_there(invoke, monkeypatch):
         (("demo", "--device", "tpu"), "device: expected cpu, cuda or cuda:N, got 'tpu'"),
         (("demo", "--mode", "fast"), "mode: Unrecognized mode=fast, should be one of: default"),
         (("bench", "--device", "tpu"), "device: expected cuda or cpu, got 'tpu'"),
+        (("bench", "--plot", "rows.xyz"), "expected a file in .png, .svg, .pdf, got rows.xyz"),
+        (("bench", "--show", "no_such.json"), "no_such.json: no such file"),
+        (("bisect", "no_such.py", "--tolerance", "-1"), "Invalid value for '--tolerance'"),
     ],
-    ids=["device", "mode", "bench"],
+    ids=["device", "mode", "bench", "plot", "show", "tolerance"],
 )
 def test_unknown_choices_are_one_line(invoke, arguments, expected):
     result = invoke(*arguments)

@@ -119,6 +119,11 @@ def test_bisect_names_the_rewrite_and_the_site(wrong):
     assert "first.experts" in str(culprit)
 
 
+def test_a_tolerance_below_0_would_blame_every_rewrite():
+    with pytest.raises(ValueError, match="bisect: tolerance is -1; it must be at least 0"):
+        inductor_moe.bisect(lambda options: torch.ones(1), tolerance=-1)
+
+
 def test_bisect_finds_nothing_where_all_is_right():
     assert bisected(TwoBlocks(), forms.tokens(torch.float32)) == ()
 

@@ -14,7 +14,7 @@ import torch
 from inductor_moe import compat
 from inductor_moe import report as reporting
 from inductor_moe.aoti import archive, audit
-from inductor_moe.aoti.packaging import fused_configs
+from inductor_moe.aoti.packaging import check_path, fused_configs
 from inductor_moe.aoti.ranks import check_sharded, rank_path
 from inductor_moe.aoti.sampling import SAMPLING
 from inductor_moe.aoti.steps import State, Step, read_states
@@ -66,6 +66,7 @@ def export_generation(
     inductor_moe.reports(), prefill first; how long each part took is logged at level INFO.
     """
     _check(model, max_seq_len, batch_size, sampling)
+    check_path("export_generation", package_path)
     if (options or {}).get("aot_inductor.cross_target_platform"):
         raise ExportError(
             "export_generation: aot_inductor.cross_target_platform is set; packages are made on "

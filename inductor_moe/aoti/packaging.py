@@ -13,6 +13,8 @@ from inductor_moe import report as reporting
 from inductor_moe.aoti import audit
 from inductor_moe.backend import check_strict, make_pass
 from inductor_moe.config import parse
+from inductor_moe.errors import ExportError
+from inductor_moe.files import unwritable
 
 
 def inductor_configs(options: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -41,6 +43,12 @@ def aoti_compile_and_package(
     The report is appended to inductor_moe.reports(). Raises StrictError under ``strict``,
     PackageError if the package would need Python.
     """
+    if not isinstance(exported_program, ExportedProgram):
+        raise ExportError(
+            f"aoti_compile_and_package: exported_program is a {type(exported_program).__name__}; "
+            "it must be an ExportedProgram, which torch.export.export makes of a model"
+        )
+    check_path("aoti_compile_and_package", package_path)
     patches, fusion, ours = fused_configs({**(inductor_configs or {}), **(options or {})})
     path = compat.aoti_compile_and_package(exported_program, package_path, patches)
     report = reporting.merge(fusion.reports)
@@ -49,6 +57,13 @@ def aoti_compile_and_package(
         check_strict(report)
     audit.check_package(path, fusion.origins)
     return path
+
+
+def check_path(function: str, path: Any) -> None:
+    """Raise ExportError where a package cannot be written, before it is compiled."""
+    reason = unwritable(path) if isinstance(path, (str, os.PathLike)) else None
+    if reason is not None:
+        raise ExportError(f"{function}: package_path: {reason}")
 
 
 def fused_configs(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], Any, Any]:

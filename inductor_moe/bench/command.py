@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from inductor_moe.bench import generation_command, scale_command
+from inductor_moe.bench.generation_command import to_write
 from inductor_moe.errors import InductorMoeError
 
 if TYPE_CHECKING:
@@ -37,6 +38,13 @@ errors = Console(stderr=True)
 
 
 LAYERS = "layers"
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def _picture(path: Path | None) -> Path | None:
+    if path is not None and path.suffix not in PICTURES:
+        raise typer.BadParameter(f"expected a file in {', '.join(PICTURES)}, got {path}")
+    return to_write(path)
 
 
 class _LayersUnlessNamed(typer.core.TyperGroup):
@@ -77,9 +85,11 @@ def layers(
     device: Annotated[
         str | None, typer.Option(help="cuda, or cpu to try it; a GPU if there is one.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the rows here.", dir_okay=False)] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the rows here.", callback=to_write)
+    ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Write a roofline picture here.", dir_okay=False)
+        Path | None, typer.Option(help="Write a roofline picture here.", callback=_picture)
     ] = None,
     show: Annotated[
         list[Path] | None,

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from inductor_moe.errors import InductorMoeError
+from inductor_moe.files import unwritable
 
 if TYPE_CHECKING:
     from inductor_moe.bench.results import Results, Row
@@ -28,6 +29,15 @@ PROFILE_EXAMPLES = (
 )
 console = Console()
 errors = Console(stderr=True)
+
+
+def to_write(path: Path | None) -> Path | None:
+    """An option's callback: a file to write, refused before the work if it cannot be."""
+    reason = unwritable(path) if path is not None else None
+    if reason is not None:
+        raise typer.BadParameter(reason)
+    return path
+
 
 Model = Annotated[str, typer.Option(help="qwen3.5-35b-a3b, qwen3-30b-a3b or tiny.")]
 Quant = Annotated[str, typer.Option(help="int4 (groups of 128), int8 (by row) or none (bf16).")]
@@ -55,7 +65,9 @@ def generate(
     ] = "decode,prefill",
     layers: Layers = None,
     device: Device = None,
-    json: Annotated[Path | None, typer.Option(help="Write the rows here.", dir_okay=False)] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the rows here.", callback=to_write)
+    ] = None,
     budget: Annotated[
         float, typer.Option(min=0, help="Begin nothing new after this many seconds.")
     ] = float("inf"),
@@ -103,7 +115,7 @@ def profile(
     layers: Layers = None,
     device: Device = None,
     trace: Annotated[
-        Path | None, typer.Option(help="Write a Chrome trace here.", dir_okay=False)
+        Path | None, typer.Option(help="Write a Chrome trace here.", callback=to_write)
     ] = None,
 ) -> None:
     """Show where the time of one decode step goes: classes of kernels, and gaps between them.

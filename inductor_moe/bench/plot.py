@@ -13,7 +13,7 @@ NAMES = {"ours": "inductor_moe", "inductor": "Inductor", "eager": "eager", "fla"
 
 
 def roofline(results: Results, path: Path) -> None:
-    """Write a picture (.png or .svg) of every timed row.
+    """Write a picture (.png, .svg or .pdf) of every timed row.
 
     Raises InductorMoeError without matplotlib, or without a row to show.
     """

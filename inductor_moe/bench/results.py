@@ -68,7 +68,9 @@ class Results:
 
     @staticmethod
     def load(path: Path) -> Results:
-        """Raises InductorMoeError for a file that is not such JSON."""
+        """Raises InductorMoeError for no file, or one that is not such JSON."""
+        if not path.is_file():
+            raise InductorMoeError(f"{path}: no such file")
         try:
             held: dict[str, Any] = json.loads(path.read_text())
             found = held.pop("format")

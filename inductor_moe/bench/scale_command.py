@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from inductor_moe.bench.generation_command import errors, quiet_and_clear
+from inductor_moe.bench.generation_command import errors, quiet_and_clear, to_write
 from inductor_moe.errors import InductorMoeError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def scale(
         str | None, typer.Option(help="Whose rows to take, if there are several GPUs'.")
     ] = None,
     json: Annotated[
-        Path | None, typer.Option(help="Write the predictions here.", dir_okay=False)
+        Path | None, typer.Option(help="Write the predictions here.", callback=to_write)
     ] = None,
 ) -> None:
     """Predict time per token, per prefill and memory on more ranks than there are.

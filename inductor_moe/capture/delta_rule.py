@@ -50,7 +50,7 @@ def _run(
     return out.to(dtype), final if output_final_state else None
 
 
-def _chunked(original: Function) -> Function:
+def _chunked(original: Function, packed: bool) -> Function:
     def substitute(
         query: Any,
         key: Any,
@@ -71,13 +71,13 @@ def _chunked(original: Function) -> Function:
             )  # fmt: skip
         return _run(
             query, key, value, g, beta, initial_state, output_final_state,
-            use_qk_l2norm_in_kernel, kwargs.get("cu_seqlens"),
+            use_qk_l2norm_in_kernel, kwargs.get("cu_seqlens") if packed else None,
         )  # fmt: skip
 
     return substitute
 
 
-def _recurrent(original: Function) -> Function:
+def _recurrent(original: Function, packed: bool) -> Function:
     def substitute(
         query: Any,
         key: Any,
@@ -97,13 +97,24 @@ def _recurrent(original: Function) -> Function:
             )  # fmt: skip
         return _run(
             query, key, value, g, beta, initial_state, output_final_state,
-            use_qk_l2norm_in_kernel, kwargs.get("cu_seqlens"),
+            use_qk_l2norm_in_kernel, kwargs.get("cu_seqlens") if packed else None,
         )  # fmt: skip
 
     return substitute
 
 
-SUBSTITUTES: dict[str, Callable[[Function], Function]] = {
+def _reads_ends(function: types.FunctionType) -> bool:
+    """Whether a function of transformers keeps sequences apart that cu_seqlens packs into one row.
+
+    It does if it calls FLA's, where that is installed; transformers' own PyTorch code does not.
+    """
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    called = dict(cells).get("implementation")
+    implementation = function if called is None else called.cell_contents
+    return "cu_seqlens" in inspect.signature(implementation).parameters
+
+
+SUBSTITUTES: dict[str, Callable[[Function, bool], Function]] = {
     "torch_chunk_gated_delta_rule": _chunked,
     "torch_recurrent_gated_delta_rule": _recurrent,
     "chunk_kimi_delta_attention": _chunked,
@@ -151,7 +162,7 @@ def _substitute(module: types.ModuleType) -> None:
             continue
         _installed[function] = f"{module.__name__}.{name}"
         torch.compiler.substitute_in_graph(function, skip_signature_check=True)(
-            make(_copied(function))
+            make(_copied(function), _reads_ends(function))
         )
 
 
@@ -205,7 +216,7 @@ def _for_export(original: Function) -> Function:
         return _run(
             given["query"], given["key"], given["value"], given["g"], given["beta"],
             given["initial_state"], given["output_final_state"],
-            given["use_qk_l2norm_in_kernel"], given.get("kwargs", {}).get("cu_seqlens"),
+            given["use_qk_l2norm_in_kernel"], None,  # what is exported is never FLA's
         )  # fmt: skip
 
     return call

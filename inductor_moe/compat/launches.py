@@ -87,7 +87,7 @@ def launch_dependently() -> None:
 
     @functools.wraps(define)
     def define_kernel(self: Any, name: str, body: str, *args: Any, **kwargs: Any) -> Any:
-        if PLAIN in body and _may_depend():
+        if PLAIN in body and WAIT in body and _may_depend():  # others' may have such a constant
             body = body.replace(PLAIN, DEPENDENT)
             body = body.replace("triton_meta={", "triton_meta={'launch_pdl': True, ", 1)
         return define(self, name, body, *args, **kwargs)
@@ -145,6 +145,7 @@ static inline void launchDependentKernel(
     CUDA_DRIVER_CHECK(cuLaunchKernelEx(&config, function, args, nullptr));
 }
 """
+WAIT = "def wait_for_inputs():"
 PLAIN, DEPENDENT = (f"DEPENDENT = tl.constexpr({value})" for value in (False, True))
 
 

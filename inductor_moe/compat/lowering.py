@@ -74,7 +74,7 @@ def compiles_package() -> bool:
 
 @functools.cache
 def runs_triton_kernels(device: torch.device) -> bool:
-    """Whether our kernels run on a device: CUDA, sm_80 or later, Triton installed. Warns once."""
+    """Whether our kernels run on a device: NVIDIA, sm_80 or later, with Triton. Warns once."""
     if device.type == "cpu":
         return False
     reason = _no_triton_reason(device)
@@ -90,6 +90,8 @@ def runs_triton_kernels(device: torch.device) -> bool:
 def _no_triton_reason(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"there are no kernels for device {device.type}"
+    if torch.version.hip is not None:
+        return "there are no kernels for AMD GPUs"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     capability = torch.cuda.get_device_capability(device)

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from inductor_moe import compat
+from inductor_moe.ops.dispatch import KERNEL_DTYPES
 
 PROGRAMS, ROOM = 64, 1024  # programs of a launch at most, 32-bit words of each
 MAX_BYTES = 4 * PROGRAMS * ROOM
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FEWEST = 128  # words of a program
 
 _shared: dict[str, SharedMemory] = {}
@@ -68,13 +68,24 @@ def shared_groups() -> tuple[str, ...]:
     return tuple(sorted(_shared))
 
 
+def _is_current(group_name: str) -> bool:
+    """Whether memory that was set for a name is of the process group that has it now."""
+    memory = _shared.get(group_name)
+    if memory is None or memory.group is None:
+        return memory is not None
+    try:
+        return compat.process_group_named(group_name) is memory.group
+    except (RuntimeError, ValueError, KeyError):
+        return False
+
+
 def why_not(x: Tensor, group_name: str) -> str | None:
     """Why a sum of tensors like x is left to the group's own backend; None if it need not be."""
-    if group_name not in _shared:
+    if not _is_current(group_name):
         return _absent.get(
             group_name, "its ranks share no memory; inductor_moe.parallelize sets it up"
         )
-    if x.dtype not in DTYPES:
+    if x.dtype not in KERNEL_DTYPES:
         return f"there is no kernel for {x.dtype}"
     count = x.numel()
     if not isinstance(count, int):

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from inductor_moe.attention_tiles import AttentionTile, choose_attention_tile
+from inductor_moe.ops.dispatch import kernels_serve
 from inductor_moe.tiles import gpu_of
 
 MAX_HEAD_DIM = 256
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> None:
@@ -182,6 +182,6 @@ def _attention_decode_on_cuda(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
     check_attention(q, k, v, mask, scale)
-    if q.dtype not in KERNEL_DTYPES:
+    if not kernels_serve(q):
         return attention_decode_aten(q, k, v, mask, scale)
     return attention_decode_cuda(q, k, v, mask, scale)

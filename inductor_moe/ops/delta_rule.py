@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inductor_moe.ops.dispatch import FLOATS, kernels_serve
 from inductor_moe.reference import delta_rule as reference
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 GATES = ("softplus", "sigmoid", "given")
 NORM_ACTIVATIONS = ("silu", "sigmoid")
 
@@ -172,7 +172,9 @@ def _delta_rule_cuda(
     from inductor_moe.kernels import delta_rule as kernels
 
     check_delta_rule(q, k, v, g, beta, state, cu_seqlens)
-    return kernels.delta_rule(q, k, v, g, beta, state, scale, l2norm_eps, cu_seqlens)
+    run = kernels.delta_rule if kernels_serve(q, state) else reference.delta_rule
+    out, final = run(q, k, v, g, beta, state, scale, l2norm_eps, cu_seqlens)
+    return out.contiguous(), final.contiguous()
 
 
 def check_delta_decode(
@@ -349,4 +351,7 @@ def _delta_decode_fake(*args: Any, **kwargs: Any) -> Tensor:
 def _delta_decode_cuda(*args: Any, **kwargs: Any) -> Tensor:
     from inductor_moe.kernels import delta_decode as kernels
 
-    return kernels.delta_decode(**_decode_arguments(*args, **kwargs))
+    arguments = _decode_arguments(*args, **kwargs)
+    served = kernels_serve(arguments["qkv"], arguments["recurrent_state"])
+    run = kernels.delta_decode if served else reference.delta_decode
+    return run(**arguments)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from inductor_moe.ops.dispatch import kernels_serve
 from inductor_moe.ops.moe_checks import check_down, check_experts, check_up
 from inductor_moe.ops.moe_cpu import moe_down_combine_cpu, moe_experts_cpu, moe_up_cpu
 from inductor_moe.reference.moe import (
@@ -45,7 +45,7 @@ def moe_experts(
 ) -> Tensor:
     """Routed experts: y[t] = sum_k weights[t, k] * W_down[e] act(W_up[e] x[t]), e = ids[t, k].
 
-    x          [T, H]     bf16, fp16 or fp32
+    x          [T, H]     any float
     w_up       [E, N, H]  x.dtype, any strides; N is I, or 2 * I when gated
     w_down     [E, H, I]  x.dtype, any strides
     ids        [T, K]     int32 or int64; ids outside [0, E) are skipped
@@ -144,7 +144,7 @@ def _(
         up_offset,
         limit,
     )
-    cuda = triton_launches(x.device)
+    cuda = triton_launches(x)
     run = cuda.moe_experts_cuda if cuda else moe_experts_reference
     return run(
         x, w_up, w_down, ids, weights, bias_up, bias_down, activation, gate,
@@ -162,7 +162,7 @@ def moe_up(
 ) -> Tensor:
     """The up projection of every (token, slot) pair.
 
-    x              [T, H]      bf16, fp16 or fp32
+    x              [T, H]      any float
     w_up           [E, N, H]   x.dtype, any strides
     ids            [T, K]      int32 or int64; ids outside [0, E) give rows of zeros
     bias_up        [E, N]      any float
@@ -194,7 +194,7 @@ def _(
     input_weights: Tensor | None,
 ) -> Tensor:
     check_up(x, w_up, ids, bias_up, input_weights)
-    cuda = triton_launches(x.device)
+    cuda = triton_launches(x)
     run = cuda.moe_up_cuda if cuda else moe_up_reference
     return run(x, w_up, ids, bias_up, input_weights)
 
@@ -210,7 +210,7 @@ def moe_down_combine(
 ) -> Tensor:
     """The down projection of every pair, weighted and summed over each token's slots.
 
-    h          [T * K, I]  bf16, fp16 or fp32, in pair order p = t * K + k
+    h          [T * K, I]  any float, in pair order p = t * K + k
     w_down     [E, H, I]   h.dtype, any strides
     ids        [T, K]      int32 or int64; ids outside [0, E) are skipped
     weights    [T, K]      any float; None sums unweighted
@@ -246,18 +246,15 @@ def _(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     check_down(h, w_down, ids, weights, bias_down)
-    cuda = triton_launches(h.device)
+    cuda = triton_launches(h)
     run = cuda.moe_down_combine_cuda if cuda else moe_down_combine_reference
     return run(h, w_down, ids, weights, bias_down, out_dtype)
 
 
-@functools.cache
-def triton_launches(device: torch.device) -> ModuleType | None:
-    """The Triton implementations, or None where Triton or the GPU (below sm_80) is too old."""
-    if torch.cuda.get_device_capability(device) < (8, 0):
+def triton_launches(x: Tensor) -> ModuleType | None:
+    """The Triton implementations, or None where they do not serve x."""
+    if not kernels_serve(x):
         return None
-    try:
-        from inductor_moe.ops import moe_cuda
-    except ImportError:
-        return None
+    from inductor_moe.ops import moe_cuda
+
     return moe_cuda

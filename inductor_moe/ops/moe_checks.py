@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from inductor_moe.ops.dispatch import FLOATS
 from inductor_moe.reference.moe import ACTIVATIONS, GATES
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-# The reference is its own oracle in fp64.
-REFERENCE_FLOATS = (*FLOATS, torch.float64)
 
 
 def check_experts(
@@ -149,8 +146,7 @@ def _dtype(dtype: torch.dtype) -> str:
 
 
 def _check_activations(op: str, name: str, tensor: Tensor) -> None:
-    allowed = REFERENCE_FLOATS if tensor.device.type == "cpu" else FLOATS
-    if tensor.dtype not in allowed:
+    if tensor.dtype not in FLOATS:
         raise TypeError(
             f"{op}: {name} has dtype {_dtype(tensor.dtype)}; it must be one of "
             f"{', '.join(map(_dtype, FLOATS))} (got {_shape(tensor)})."

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inductor_moe.ops.dispatch import kernels_serve
+
 SCORINGS = ("softmax", "sigmoid", "logits")
 MAX_EXPERTS = 4096
 MAX_TOP_K = 64
@@ -229,4 +231,5 @@ def _moe_route_on_cuda(
     logits: Tensor, top_k: int, scoring: str, normalise: bool, *options: Any
 ) -> tuple[Tensor, Tensor]:
     check_route(logits, top_k, scoring, normalise, *options)
-    return moe_route_cuda(logits, top_k, scoring, normalise, *options)
+    run = moe_route_cuda if kernels_serve(logits) else moe_route_cpu
+    return run(logits, top_k, scoring, normalise, *options)

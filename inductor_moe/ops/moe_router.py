@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inductor_moe.ops.dispatch import kernels_serve
 from inductor_moe.ops.moe_route import check_route, moe_route_cpu, route_constants
 
 MAX_HIDDEN = 8192
@@ -109,7 +110,7 @@ def moe_router(
              group_top)  # fmt: skip
     check_router(x, residual, norm_weight, router, gate, counters, index, *route)
     check_own(first, own, router.shape[0])
-    run = moe_router_cuda if x.is_cuda else moe_router_plain
+    run = moe_router_cuda if kernels_serve(x) else moe_router_plain
     return run(x, residual, norm_weight, norm_eps, norm_offset, router, gate, counters, index,
                *route, first=first, own=own)  # fmt: skip
 

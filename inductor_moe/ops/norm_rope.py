@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inductor_moe.ops.dispatch import kernels_serve
+
 MAX_HEAD_DIM = 1024
 
 
@@ -68,7 +70,7 @@ def norm_rope(
     returns both as they came, contiguous. Source: Su et al., arXiv:2104.09864.
     """
     check_norm_rope(q, k, q_weight, k_weight, cos, sin)
-    run = norm_rope_cuda if q.is_cuda else norm_rope_plain
+    run = norm_rope_cuda if kernels_serve(q) else norm_rope_plain
     return run(q, k, q_weight, k_weight, eps, offset, cos, sin)
 
 

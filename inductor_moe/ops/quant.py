@@ -6,12 +6,12 @@ The number of bits is the dtype of the packed tensor: int16 words hold 4-bit cod
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from inductor_moe.ops.dispatch import PACKED_KERNEL_DTYPES, kernels_serve
 from inductor_moe.ops.moe_checks import check_down, check_experts, check_up
 from inductor_moe.ops.quant_checks import check_linear, check_packed
 from inductor_moe.ops.quant_plain import (
@@ -333,18 +333,9 @@ def _check_experts(
 
 
 def triton_launches(x: Tensor) -> Any:
-    """The Triton implementations, or None where they do not serve this device or dtype."""
-    if x.device.type != "cuda" or x.dtype not in (torch.bfloat16, torch.float16):
+    """The Triton implementations, or None where they do not serve x."""
+    if not kernels_serve(x, dtypes=PACKED_KERNEL_DTYPES):
         return None
-    return _module(x.device)
+    from inductor_moe.ops import quant_cuda
 
-
-@functools.cache
-def _module(device: torch.device) -> Any:
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return None
-    try:
-        from inductor_moe.ops import quant_cuda
-    except ImportError:
-        return None
     return quant_cuda

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inductor_moe.ops import moe, quant
+from inductor_moe.ops import quant
+from inductor_moe.ops.dispatch import KERNEL_DTYPES, PACKED_KERNEL_DTYPES, kernels_serve
 from inductor_moe.ops.moe_checks import check_experts, check_shared
 from inductor_moe.ops.moe_cpu import moe_experts_cpu
 from inductor_moe.ops.quant_checks import check_packed
@@ -200,8 +201,4 @@ def _check(
 
 
 def _runs_kernels(x: Tensor, routed: Sequence[Tensor | None]) -> bool:
-    if x.device.type != "cuda":
-        return False
-    if routed[1] is not None:
-        return quant.triton_launches(x) is not None
-    return moe.triton_launches(x.device) is not None
+    return kernels_serve(x, dtypes=KERNEL_DTYPES if routed[1] is None else PACKED_KERNEL_DTYPES)

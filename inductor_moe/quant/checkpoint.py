@@ -51,9 +51,7 @@ def load_quantized(
     Buffers that no checkpoint holds (rotary frequencies) are left as they are; if they are on the
     meta device, make them before use. Raises QuantizationError if model and file do not fit.
     """
-    from safetensors import safe_open
-
-    with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
+    with _opened(path, device) as file:
         description = _description(file.metadata(), path)
         names = set(file.keys())
         _check(model, description, names, path)
@@ -74,6 +72,17 @@ def load_quantized(
     for name, source in description["ties"].items():
         _tie(model, name, source)
     return model
+
+
+def _opened(path: str | os.PathLike[str], device: torch.device | str) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(os.fspath(path), framework="pt", device=str(device))
+    except SafetensorError as error:
+        raise QuantizationError(
+            f"{path} cannot be read to device {str(device)!r}: {error}"
+        ) from error
 
 
 def _fields(slot: Slot) -> dict[str, Any]:

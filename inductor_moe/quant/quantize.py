@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from inductor_moe.errors import QuantizationError
 from inductor_moe.quant.fit import Packed, Scheme, empty, quantize_weight
-from inductor_moe.quant.modules import Slot, replace_parameter
+from inductor_moe.quant.modules import Slot, packed_modules, replace_parameter
 from inductor_moe.quant.progress import progress
 from inductor_moe.quant.torchao import is_torchao
 from inductor_moe.reference.quant import CENTER
@@ -209,9 +209,12 @@ def _scheme(dtype: str, group_size: int | None, method: str, symmetric: bool | N
         raise QuantizationError(f"method must be one of {', '.join(METHODS)} (got {method!r})")
     if group_size is None:
         group_size = 128 if dtype == "int4" else 0
-    if group_size != 0 and group_size not in (16, 32) and (group_size < 0 or group_size % 64):
+    fits = isinstance(group_size, int) and (
+        group_size in (0, 16, 32) or (group_size > 0 and group_size % 64 == 0)
+    )
+    if not fits:
         raise QuantizationError(
-            f"group_size must be 0, 16, 32 or a multiple of 64 (got {group_size})"
+            f"group_size must be 0, 16, 32 or a multiple of 64 (got {group_size!r})"
         )
     if symmetric is None:
         symmetric = method == "rtn"
@@ -268,7 +271,12 @@ def _select(model: nn.Module, skip: tuple[str, ...]) -> tuple[list[_Candidate], 
     if unknown:
         raise QuantizationError(f"skip names {unknown[0]!r}, which no weight of the model has")
     if not candidates:
-        raise QuantizationError("the model has no weight to quantise: no nn.Linear and no experts")
+        reason = "no nn.Linear and no experts"
+        if next(packed_modules(model), None) is not None:
+            reason = "those that can be are packed already"
+        elif skipped:
+            reason = f"of {skipped[0].name} and {len(skipped) - 1} more, {skipped[0].reason}"
+        raise QuantizationError(f"the model has no weight to quantise: {reason}")
     return candidates, skipped
 
 

@@ -82,7 +82,7 @@ def delta_rule_recurrent(
         current = current + key * delta.unsqueeze(-2)
         outputs.append((current * queries[:, t, :, :, None]).sum(-2))
     if not outputs:
-        out = v.to(dtype)
+        out, current = torch.zeros_like(v), current.clone()
     elif len(outputs) == 1:
         out = outputs[0].unsqueeze(1)
     else:
@@ -311,12 +311,13 @@ def conv_update(
     returns [B, C] in the compute dtype and the shifted state in its own dtype
     """
     dtype = compute_dtype(x, conv_state)
-    window = torch.cat([conv_state, x.unsqueeze(-1).to(conv_state.dtype)], -1)
+    token = x.unsqueeze(-1)
+    window = torch.cat([conv_state.to(dtype), token.to(dtype)], -1)
     width = weight.shape[1]
-    out = (window[..., -width:].to(dtype) * weight.to(dtype)).sum(-1)
+    out = (window[..., -width:] * weight.to(dtype)).sum(-1)
     if bias is not None:
         out = out + bias.to(dtype)
-    return F.silu(out), window[..., 1:]
+    return F.silu(out), torch.cat([conv_state[..., 1:], token.to(conv_state.dtype)], -1)
 
 
 def decode_gates(

@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from inductor_moe.compat import schema_of
-from inductor_moe.ops.attention import KERNEL_DTYPES, MAX_HEAD_DIM, attention_decode
+from inductor_moe.ops.attention import MAX_HEAD_DIM, attention_decode
+from inductor_moe.ops.dispatch import KERNEL_DTYPES
 from inductor_moe.patterns.rewrite import Refusal, Rewrite
 from inductor_moe.patterns.walk import (
     COPIES,

@@ -312,6 +312,17 @@ def test_what_cannot_be_exported_is_named(tmp_path, change, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_package_that_cannot_be_written_is_said_before_it_is_compiled(tmp_path):
+    model, path = packages.build("qwen3_moe"), tmp_path / "no" / "m.pt2"
+    with pytest.raises(ExportError, match=f"package_path: there is no folder {tmp_path}/no for"):
+        inductor_moe.export_generation(model, path, 288)
+    exported = torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))
+    with pytest.raises(ExportError, match="package_path: there is no folder"):
+        inductor_moe.aoti_compile_and_package(exported, package_path=path)
+    with pytest.raises(ExportError, match="exported_program is a Linear; it must be an Exported"):
+        inductor_moe.aoti_compile_and_package(torch.nn.Linear(2, 2), package_path=path)
+
+
 def test_metadata_survives_its_file(made):
     metadata = archive.Archive(made("qwen3_5_moe_text")[1]).metadata()
     assert archive.Metadata.from_json(metadata.to_json()) == metadata

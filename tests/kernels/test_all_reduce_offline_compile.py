@@ -10,7 +10,8 @@ import pytest
 import torch
 from kernels.test_moe_offline_compile import GPUS, Recorder, compile_all
 
-from inductor_moe.ops.all_reduce import DTYPES, PROGRAMS, SharedMemory, all_reduce_cuda
+from inductor_moe.ops.all_reduce import PROGRAMS, SharedMemory, all_reduce_cuda
+from inductor_moe.ops.dispatch import KERNEL_DTYPES
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1" or sys.platform != "linux",
@@ -35,7 +36,7 @@ def record(ranks: int, count: int, dtype: torch.dtype) -> dict[str, Any]:
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: "sm_{}{}".format(*gpu.capability))
 def test_it_compiles_without_spills(gpu):
-    for dtype in DTYPES:
+    for dtype in KERNEL_DTYPES:
         compile_all(record(2, 2048, dtype), gpu)
     compile_all(record(8, 131072, torch.bfloat16), gpu)
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
+import triton.language as tl
 from delta_inputs import decode_inputs
 from kernels.generated import Drawn, source
 from kernels.test_dispatch_source import packed_experts
@@ -37,6 +38,8 @@ from inductor_moe.compat import launches
 from inductor_moe.compat.launches import DEPENDENT, PLAIN
 from inductor_moe.config import Options
 from inductor_moe.kernels import delta_decode
+
+OTHERS_DEPENDENT = tl.constexpr(False)
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1" or sys.platform != "linux",
@@ -128,6 +131,27 @@ def test_the_launcher_is_cpp(tmp_path):
     command = ["g++", "-std=c++17", "-Wall", "-Werror", "-Wno-unused-function", "-fsyntax-only"]
     subprocess.run([*command, "-I", str(folder), str(path)], check=True)
     assert "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION" in driver
+
+
+@triton.jit
+def others_kernel(x, out, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out + at, tl.load(x + at) * (2 if OTHERS_DEPENDENT else 1))
+
+
+def test_a_kernel_of_others_launches_plainly(monkeypatch):
+    """Whatever its constants are called: it does not wait for its inputs."""
+    drawn = Drawn(1, 8, 4)
+
+    def run(x):
+        out = torch.empty_like(x)
+        torch.library.wrap_triton(others_kernel)[(1,)](x, out, N=16)
+        return out
+
+    monkeypatch.setattr(launches, "PLAIN", "OTHERS_DEPENDENT = tl.constexpr(False)")
+    with config.patch(post_grad_custom_pre_pass=SimpleNamespace(options=Options())):
+        code = source(drawn, run, [drawn.tensor(16)], package=False)
+    assert launches.PLAIN in code and "launch_pdl" not in code
 
 
 def test_older_gpus_launch_plainly(monkeypatch):

@@ -12,9 +12,12 @@ from kernels.generated import Drawn, source
 from torch._inductor.ir import FixedLayout
 from torch._inductor.virtualized import V
 
+from inductor_moe import compat
 from inductor_moe.compat import lowering
+from inductor_moe.lowerings import moe as moe_lowerings
 from inductor_moe.ops import moe, quant
 from inductor_moe.ops.delta_rule import delta_rule
+from inductor_moe.ops.moe_checks import check_up
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="needs compiled kernels"
@@ -22,10 +25,10 @@ pytestmark = pytest.mark.skipif(
 FLOAT, CODES = torch.float32, torch.int16  # four codes of 4 bits
 
 
-def delta(drawn, width=128):
+def delta(drawn, width=128, dtype=torch.bfloat16):
     tokens = drawn.tokens
     tensors = [
-        *(drawn.tensor(1, tokens, heads, width) for heads in (2, 2, 4)),
+        *(drawn.tensor(1, tokens, heads, width, dtype=dtype) for heads in (2, 2, 4)),
         *(drawn.tensor(1, tokens, 4, dtype=FLOAT) for _ in range(2)),
         drawn.tensor(1, 4, width, width, dtype=FLOAT),
     ]
@@ -100,6 +103,26 @@ def test_head_dims_without_chunks_take_one_form():
     drawn = Drawn(1, 288, 100)
     tensors, run = delta(drawn, width=32)
     assert launched(source(drawn, run, tensors)) == {"delta_recurrent_kernel"}
+
+
+@pytest.mark.parametrize("width", [32, 128])
+def test_a_rule_in_fp64_takes_no_kernel(width):
+    """A model in fp64, as one runs to compare with, keeps its precision on a GPU, too."""
+    drawn = Drawn(2, 288, 100)
+    tensors, run = delta(drawn, width, torch.float64)
+    code = source(drawn, run, tensors, package=False)
+    assert "inductor_moe.delta_rule" in code and not re.search(r"delta_\w+_kernel", code)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_experts_in_fp64_take_no_kernel(dtype, monkeypatch):
+    monkeypatch.setattr(compat, "runs_triton_kernels", lambda device: True)
+    monkeypatch.setattr(moe_lowerings, "by_tokens", lambda *_: "kernels")
+    drawn = Drawn(2, 288, 100)
+    x, ids = drawn.tensor(4, 128, dtype=dtype), drawn.tensor(4, 8, dtype=torch.int64)
+    assert check_up(x, drawn.tensor(8, 256, 128, dtype=dtype), ids, None, None) is None
+    lowering = moe_lowerings._lowering("moe_up_cuda", lambda *_: "aten", 2)
+    assert lowering(x, None, ids) == ("kernels" if dtype == torch.float32 else "aten")
 
 
 def test_torch_compile_does_not_choose_when_it_runs():

@@ -133,6 +133,38 @@ def test_other_backends_still_see_the_original_functions():
     assert not any("inductor_moe" in target for target in seen)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    "name", ["torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"]
+)
+def test_ends_of_packed_sequences_are_read_where_transformers_reads_them(name, batch):
+    """Its PyTorch code takes and drops them, as the convolution before it does."""
+    qwen = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    function = getattr(qwen, name)
+    generator = torch.Generator().manual_seed(batch)
+    q, k, v = torch.randn(3, batch, 16, 2, 16, generator=generator)
+    g, beta = -torch.rand(batch, 16, 2), torch.rand(batch, 16, 2)
+    ends = torch.tensor([0, 5, 16])
+    compiled = torch.compile(
+        lambda: function(q, k, v, g=g, beta=beta, cu_seqlens=ends)[0],
+        backend=graph_backend({"inductor_moe.strict": True}),
+        fullgraph=True,
+    )
+    with torch.no_grad():
+        found = compiled()
+    torch.testing.assert_close(found, function(q, k, v, g=g, beta=beta)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_ends_of_packed_sequences_are_read_where_fla_is_called():
+    from inductor_moe.capture.delta_rule import _reads_ends
+
+    def wrapper(implementation):
+        return lambda *args, **kwargs: implementation(*args, **kwargs)
+
+    assert _reads_ends(wrapper(lambda q, k, v, g, beta, cu_seqlens=None: None))
+    assert not _reads_ends(wrapper(lambda query, key, value, g, beta, **kwargs: None))
+
+
 def test_capture_can_be_taken_back():
     from inductor_moe.capture import delta_rule
 

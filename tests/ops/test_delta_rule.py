@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
+from inductor_moe import compat
+from inductor_moe.compat import lowering
+from inductor_moe.ops import delta_rule as ops
 from inductor_moe.ops.delta_rule import delta_decode, delta_rule
 from inductor_moe.reference import delta_rule as reference
 
@@ -170,6 +173,39 @@ def test_state_keeps_its_dtype_and_is_not_written():
     torch.testing.assert_close(without, zeros)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("given", [False, True], ids=["no-state", "state"])
+def test_no_tokens_leave_a_state_of_its_own(given, compiled):
+    q, k, v, g, beta, state = inputs(0)
+    run = torch.compile(delta_rule, backend="inductor_moe") if compiled else delta_rule
+    with torch.no_grad():
+        out, final = run(q, k, v, g, beta, state if given else None, SCALE, 1e-6)
+    assert out.shape == v.shape and out.dtype == v.dtype
+    torch.testing.assert_close(final, state if given else torch.zeros_like(state))
+    assert final.data_ptr() != state.data_ptr()
+
+
+def test_a_gpu_without_kernels_is_served_by_pytorch(monkeypatch):
+    monkeypatch.setattr(compat, "runs_triton_kernels", lambda device: False)
+    arguments = (*inputs(9), SCALE, 1e-6)
+    found = ops._delta_rule_cuda(*arguments)
+    torch.testing.assert_close(found, delta_rule(*arguments))
+
+
+@pytest.mark.parametrize(
+    "hip, capability, reason",
+    [
+        ("6.4", (9, 4), "there are no kernels for AMD GPUs"),
+        (None, (7, 5), "the GPU has compute capability 7.5, below 8.0"),
+        (None, (8, 0), None),
+    ],
+)
+def test_gpus_with_kernels(hip, capability, reason, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert lowering._no_triton_reason(torch.device("cuda")) == reason
+
+
 def test_padded_strides():
     arguments = inputs(20)
     padded = [F.pad(x, (0, 3))[..., :-3] for x in arguments]
@@ -309,6 +345,14 @@ def test_decode_for_32_steps_keeps_both_states(gate, per_channel):
         assert error(out, want) < 1e-4
         assert torch.equal(given["conv_state"].double(), wide["conv_state"])
         assert error(given["recurrent_state"], wide["recurrent_state"]) < 1e-4
+
+
+def test_decode_rounds_a_token_where_it_is_stored_not_where_it_is_convolved():
+    given = decode_inputs()
+    given["conv_state"] = given["conv_state"].bfloat16()
+    wide = dict(zip(given, double_values(given), strict=True))
+    assert error(delta_decode(**given), delta_decode(**wide)) < 1e-5
+    torch.testing.assert_close(given["conv_state"], wide["conv_state"].bfloat16(), rtol=0, atol=0)
 
 
 def double_values(given):

@@ -147,6 +147,30 @@ def test_a_group_in_the_middle_of_a_graph():
     assert found == ["64 -> 48 + 16; int4 g128"]
 
 
+SCALES = {
+    "cast": (lambda scales, before: scales.bfloat16(), []),
+    "of an earlier layer": (lambda scales, before: (scales * before.mean()).bfloat16(), []),
+    "given": (lambda scales, before: scales, ["64 -> 32 + 32; int8"]),
+}
+
+
+@pytest.mark.parametrize("case", SCALES)
+def test_weights_that_are_computed_after_the_first_layer(case):
+    scaled, expected = SCALES[case]
+    generator = torch.Generator().manual_seed(4)
+    codes = torch.randint(-99, 99, (2, 32, 64), dtype=torch.int8, generator=generator)
+    scales = torch.rand(2, 32, 1, generator=generator) / 50
+    if case == "given":
+        scales = scales.bfloat16()
+
+    def forward(x, *weights):
+        first = F.linear(x, weights[0].bfloat16() * scaled(weights[2], x))
+        return first, F.linear(x, weights[1].bfloat16() * scaled(weights[3], first))
+
+    x = torch.randn(1, 64).bfloat16()
+    assert merged_by(forward, x, *codes.unbind(), *scales.unbind()) == expected
+
+
 def test_the_same_layer_twice():
     layers = Projections()
     found = merged_by(lambda x: (layers.key(x), layers.key(x) + 1), torch.randn(1, 64).bfloat16())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -99,6 +100,22 @@ def test_it_has_a_switch():
     graph = traced(summed, 2048)
     assert rewrite(graph, Options(disable=("collective",))) == []
     assert "is off" in left_to_backends(graph)[0]
+
+
+def test_memory_of_a_group_that_is_gone_is_not_used():
+    """Names of groups start anew with each init_process_group."""
+    x, one, reasons = torch.empty(8), torch.zeros(1), []
+    for _ in range(2):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        name = dist.group.WORLD.group_name
+        if not reasons:
+            ops.set_shared_memory(name, ops.SharedMemory(0, 2, one, one, 1.0, dist.group.WORLD))
+        reasons.append(ops.why_not(x, name))
+        dist.destroy_process_group()
+        reasons.append(ops.why_not(x, name))
+    ops.set_shared_memory(name, "")
+    assert reasons[0] is None
+    assert all("its ranks share no memory" in reason for reason in reasons[1:])
 
 
 def test_what_was_compiled_for_other_groups_is_not_taken_from_a_cache():

@@ -110,6 +110,7 @@ def test_a_tied_head_is_left_and_stays_tied():
         (("int3",), "one of int4, int8"),
         (("int4", {"method": "gptq"}), "one of rtn, hqq"),
         (("int4", {"group_size": 48}), "group_size must be 0, 16, 32 or a multiple of 64"),
+        (("int4", {"group_size": "64"}), r"multiple of 64 \(got '64'\)"),
     ],
 )
 def test_bad_arguments_change_nothing(arguments, message):
@@ -120,6 +121,11 @@ def test_bad_arguments_change_nothing(arguments, message):
     assert {name: id(p) for name, p in model.named_parameters()} == before
     with pytest.raises(QuantizationError, match="no weight to quantise"):
         inductor_moe.quantize_(nn.LayerNorm(8), "int4")
+    with pytest.raises(QuantizationError, match="of weight and 0 more, fewer than 16 inputs"):
+        inductor_moe.quantize_(nn.Linear(8, 8), "int4")
+    inductor_moe.quantize_(model, "int4", verbose=False)
+    with pytest.raises(QuantizationError, match="those that can be are packed already"):
+        inductor_moe.quantize_(model, "int4")
 
 
 def test_a_copy_and_another_dtype_keep_the_weights():
@@ -149,6 +155,9 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     with pytest.raises(QuantizationError, match="no packed weights"):
         inductor_moe.save_quantized(Model(), path)
+    path.write_text("no tensors")
+    with pytest.raises(QuantizationError, match="cannot be read to device 'cpu'"):
+        inductor_moe.load_quantized(Model(), path)
     small = nn.Sequential(nn.Linear(64, 64))
     inductor_moe.quantize_(small, "int4", verbose=False)
     inductor_moe.save_quantized(small, path)
