@@ -194,6 +194,10 @@ def _rewrite_site(
         detail = form.describe(site)
         with _undone_on_error(graph, before):
             result = form.replace(graph, site)
+            after = list(graph.nodes)
+            new = [node for node in after if node not in before]
+            if len(after) == len(before) + len(new):  # what a rewrite erases cannot be put back
+                _check_order(new)
     except Refusal as refusal:
         log.debug("%s left at %s: %s", form.name, anchor, refusal)
         return describe(detail=detail, reason=str(refusal))
@@ -203,7 +207,7 @@ def _rewrite_site(
     taken.add(anchor)
     if result is not anchor:
         produced[result] = anchor
-    added = [*(node for node in graph.nodes if node not in before), result]
+    added = [*new, result]
     made.update(dict.fromkeys(added, anchor))
     orphans = [node for node in reversed(used) if not node.users]
     if form.origin is not None:
@@ -211,6 +215,17 @@ def _rewrite_site(
         describe = functools.partial(describe, module=module_of(origin), source=source_of(origin))
     costs = _costs(anchor, added, orphans, options)
     return describe(detail=detail, **dataclasses.asdict(costs))
+
+
+def _check_order(new: list[fx.Node]) -> None:
+    """Raise where a new node reads what comes after it, or is read before it."""
+    for node in new:
+        for source, reader in (
+            *((source, node) for source in node.all_input_nodes),
+            *((node, user) for user in node.users),
+        ):
+            if not source < reader:
+                raise RuntimeError(f"{reader.name} reads {source.name}, which comes after it")
 
 
 def _costs(
