@@ -15,7 +15,7 @@ import triton.language as tl
 
 from inductor_moe.kernels.delta_chunk import binary_decay, corners
 
-MILDEST = tl.constexpr(-192.0)
+MILDEST = tl.constexpr(-192.0)  # log2 of the decay that one product still bears
 
 
 @triton.jit

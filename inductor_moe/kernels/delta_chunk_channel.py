@@ -1,4 +1,4 @@
-"""The chunked delta rule with a decay per key channel (KDA), in two launches.
+"""The chunked delta rule with a decay per key channel (KDA).
 
 As in `delta_chunk`, but with rows decayed channel by channel: the first kernel stores them as
 operands, for the second, serial one to multiply with the state. Where their range allows, they are
@@ -48,25 +48,34 @@ def delta_channel_intra_kernel(
     q_read, k_read, k_write,  # [B, HV, T, K]: q, k decayed from the start, k to the end
     whole,                  # [B, HV, slots, K] fp32: decay of the whole chunk
     rows,                   # [2, B, HV, T] fp32: factors that q and k still need, q's with SCALE
+    least,                  # [B, HV, slots] fp32: log decay of the channel that decays most
     cu_seqlens,             # [N + 1] with VARLEN
     levels, sequences, tokens, slots, value_heads, rows_kind,
     SCALE: tl.constexpr, EPS: tl.constexpr,
     q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, beta_b, beta_t, beta_h,
     GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr,
     NORMALIZE: tl.constexpr, VARLEN: tl.constexpr, WIDE_RANGE: tl.constexpr,
-    SHORT_SOLVE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    STRONG: tl.constexpr, SHORT_SOLVE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """WIDE_RANGE, for operands with fp32's range, decays from and to the chunk's middle.
 
     whole then holds the root of the decay. Of solve, blocks of 16 above the diagonal are not set;
-    its first matrix has k's factor of the row that is written. SHORT_SOLVE as in `delta_chunk`.
+    its first matrix has k's factor of the row that is written. Without STRONG, which is only for
+    WIDE_RANGE, chunks with a least decay below MILDEST come out wrong, and a launch with STRONG
+    does those again: both ways in one kernel would not fit the registers. SHORT_SOLVE as in
+    `delta_chunk`.
     """
     wait_for_inputs()
     head = tl.program_id(0)
     slot = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     first, end, _ = chunk_bounds(slot, cu_seqlens, sequences, tokens, C, VARLEN)
-    if first >= end:
+    plane = batch * value_heads + head
+    least += plane * slots + slot
+    skip = first >= end
+    if STRONG and WIDE_RANGE:
+        skip |= tl.load(least) >= MILDEST
+    if skip:
         return
     DTYPE: tl.constexpr = q.dtype.element_ty
     row = tl.arange(0, C)
@@ -74,27 +83,21 @@ def delta_channel_intra_kernel(
     q += batch * q_b + (head // GROUP) * q_h + first * q_t
     k += batch * k_b + (head // GROUP) * k_h + first * k_t
     g += batch * g_b + head * g_h + first * g_t
-    plane = batch * value_heads + head
     q_read += (plane * tokens + first) * K
     k_read += (plane * tokens + first) * K
     k_write += (plane * tokens + first) * K
     whole += (plane * slots + slot) * K
-    if WIDE_RANGE:
-        kk, qk, query_scale, key_scale, least = mild_decays(
-            q, k, g, q_t, k_t, g_t, q_read, k_read, k_write, whole, inside,
-            K, BLOCK_K, C, PRECISION,
-        )  # fmt: skip
-        if least < MILDEST:
-            tl.debug_barrier()  # other threads may write what this one has written
-            kk, qk, query_scale, key_scale = strong_decays(
-                q, k, g, q_t, k_t, g_t, q_read, k_read, k_write, whole, inside, levels,
-                K, 16, C, WIDE_RANGE, EXACT, PRECISION,
-            )  # fmt: skip
-    else:
+    if STRONG:
         kk, qk, query_scale, key_scale = strong_decays(
             q, k, g, q_t, k_t, g_t, q_read, k_read, k_write, whole, inside, levels,
             K, BLOCK_K, C, WIDE_RANGE, EXACT, PRECISION,
         )  # fmt: skip
+    else:
+        kk, qk, query_scale, key_scale, strongest = mild_decays(
+            q, k, g, q_t, k_t, g_t, q_read, k_read, k_write, whole, inside,
+            K, BLOCK_K, C, PRECISION,
+        )  # fmt: skip
+        tl.store(least, strongest)
     if NORMALIZE:
         key_scale = tl.rsqrt(key_scale + EPS)
         query_scale = tl.rsqrt(query_scale + EPS) * SCALE
@@ -219,11 +222,12 @@ def delta_channel_scan_kernel(
     tl.store(final, current.to(final.dtype.element_ty), mask=in_state)
 
 
-def channel_intra_tile(key_width: int, dtype: torch.dtype, device: torch.device) -> Tile:
+def channel_intra_tile(
+    key_width: int, dtype: torch.dtype, device: torch.device, strong: bool = True
+) -> Tile:
     hopper = limits(device).capability >= 90
-    one_product = dtype == torch.bfloat16 and hopper
-    block_k = 64 if one_product else 32 if dtype.itemsize == 2 else 16
-    return Tile(min(padded(key_width), block_k), 0, 4 if one_product else 8)
+    block_k = 16 if dtype.itemsize > 2 else 64 if hopper and not strong else 32
+    return Tile(min(padded(key_width), block_k), 0, 8 if strong else 4)
 
 
 def delta_rule_chunk_channel(
@@ -239,7 +243,7 @@ def delta_rule_chunk_channel(
     intra: Tile | None = None,
     scan: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`inductor_moe::delta_rule` for g [B, T, HV, K], in two launches.
+    """`inductor_moe::delta_rule` for g [B, T, HV, K], in two launches, three in bf16.
 
     Call `kernels.delta_rule.delta_rule_padded`: this expects vector-loadable rows and K <= 128.
     """
@@ -259,6 +263,7 @@ def delta_rule_chunk_channel(
         (batch * value_heads * slots * key_width,), dtype=torch.float32, device=q.device
     )
     rows = torch.empty((2, batch, value_heads, tokens), dtype=torch.float32, device=q.device)
+    least = torch.empty((batch * value_heads * slots,), dtype=torch.float32, device=q.device)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     final = torch.empty(
         (sequences, value_heads, key_width, value_width),
@@ -266,17 +271,22 @@ def delta_rule_chunk_channel(
         device=v.device,
     )
     precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
-    tile = intra or channel_intra_tile(key_width, q.dtype, q.device)
-    traced(delta_channel_intra_kernel)[(value_heads, slots, batch)](
-        q, k, g, beta, solve, q_read, k_read, k_write, whole, rows, cu_seqlens,
-        LEVELS, sequences, tokens, slots, value_heads, rows.stride(0), scale, l2norm_eps or 0.0,
-        *strides(q, 3), *strides(k, 3), *strides(g, 3), *strides(beta, 3),
-        GROUP=value_heads // heads, K=key_width, BLOCK_K=tile.key, C=CHUNK,
-        NORMALIZE=l2norm_eps is not None, VARLEN=varlen, WIDE_RANGE=q.dtype == torch.bfloat16,
-        SHORT_SOLVE=short_solve(q.dtype, l2norm_eps), EXACT=q.dtype == torch.float32,
-        PRECISION=precision,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    wide_range = q.dtype == torch.bfloat16
+    for strong in (False, True) if wide_range else (True,):
+        tile = channel_intra_tile(key_width, q.dtype, q.device, strong)
+        if intra is not None and strong != wide_range:
+            tile = intra
+        traced(delta_channel_intra_kernel)[(value_heads, slots, batch)](
+            q, k, g, beta, solve, q_read, k_read, k_write, whole, rows, least, cu_seqlens,
+            LEVELS, sequences, tokens, slots, value_heads, rows.stride(0),
+            scale, l2norm_eps or 0.0,
+            *strides(q, 3), *strides(k, 3), *strides(g, 3), *strides(beta, 3),
+            GROUP=value_heads // heads, K=key_width, BLOCK_K=tile.key, C=CHUNK,
+            NORMALIZE=l2norm_eps is not None, VARLEN=varlen, WIDE_RANGE=wide_range,
+            STRONG=strong, SHORT_SOLVE=short_solve(q.dtype, l2norm_eps),
+            EXACT=q.dtype == torch.float32, PRECISION=precision,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     tile = scan or scan_tile(key_width, value_width, q.dtype, q.device, keys=3)
     grid = (triton.cdiv(value_width, tile.value), value_heads, sequences)
     traced(delta_channel_scan_kernel)[grid](
@@ -284,7 +294,7 @@ def delta_rule_chunk_channel(
         tokens, slots, value_heads, rows.stride(0),
         *strides(v, 3), *strides(out, 3), *strides(state, 3), *strides(final, 3),
         K=key_width, V=value_width, BLOCK_K=tile.key, BLOCK_V=tile.value, C=CHUNK,
-        HAS_STATE=state is not None, VARLEN=varlen, WIDE_RANGE=q.dtype == torch.bfloat16,
+        HAS_STATE=state is not None, VARLEN=varlen, WIDE_RANGE=wide_range,
         PRECISION=precision,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
