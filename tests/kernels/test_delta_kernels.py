@@ -130,10 +130,15 @@ def test_chunks_in_low_precision(dtype, gate, eps):
         assert error(got, exact) <= 2 * error(other, exact)
 
 
-@pytest.mark.parametrize("decay", (0.0, 0.05, 1.0, 2.4, 2.9, 6.0, 30.0))
-def test_decays_per_channel_on_both_sides_of_the_one_product(decay):
-    """A chunk of 64 tokens takes one product in bf16 down to about 2.4 a token on average."""
+@pytest.mark.parametrize(
+    ("decay", "size"),
+    [(decay, 1.0) for decay in (0.0, 0.05, 1.0, 2.0, 2.4, 6.0, 30.0)] + [(1.8, 1e-3), (1.8, 1e3)],
+)
+def test_decays_per_channel_on_both_sides_of_the_one_product(decay, size):
+    """A chunk of 64 tokens takes one product in bf16 down to about 2.1 a token on average."""
     arguments = inputs(192, "channel", dtype=torch.bfloat16, key=32, value=16)
+    arguments["q"] *= size
+    arguments["k"] *= size
     arguments["g"] = -decay * (1 + 0.2 * torch.randn_like(arguments["g"])).abs()
     arguments["g"][:, 64:128] *= 0.1
     want = reference.delta_rule_recurrent(**widened(arguments))

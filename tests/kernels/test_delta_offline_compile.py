@@ -164,7 +164,7 @@ def test_qwen_heads_compile_without_spills(case, arch, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("gate_dims", "hint", "launches"), [(3, None, 2), (4, None, 2), (3, 4, 1)]
+    ("gate_dims", "hint", "launches"), [(3, None, 2), (4, None, 3), (3, 4, 1)]
 )
 def test_launches_trace_with_a_symbolic_token_count(gate_dims, hint, launches):
     shapes = ShapeEnv()
