@@ -43,9 +43,9 @@ KERNELS = {
     "delta_channel_scan_kernel)",
     "delta_decode": "delta_decode_kernel, delta_decode_tail_kernel",
     "attention_decode": "attention_decode_kernel, attention_combine_kernel",
-    "quantized_linear": "few tokens: quantized_up_decode_kernel; more: quantized_linear_kernel "
-    f"({INT8} int8_linear_kernel)",
-    "merged_linear": "merged_linear_kernel",
+    "quantized_linear": "one token: quantized_vector_kernel, quantized_up_decode_kernel; more: "
+    f"quantized_linear_kernel ({INT8} int8_linear_kernel)",
+    "merged_linear": "one token: merged_vector_kernel; more: merged_linear_kernel",
     "moe_experts_quantized": "few tokens: quantized_up_decode_kernel, "
     f"quantized_down_decode_kernel; more: {SORT}, moe_quantized_gemm_kernel twice "
     f"({INT8} moe_int8_gemm_kernel), moe_combine_kernel",

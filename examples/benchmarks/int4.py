@@ -35,6 +35,7 @@ from inductor_moe.quant_tiles import (
     QuantizedExperts,
     QuantizedLinear,
     QuantizedPlan,
+    VectorTile,
     choose_int8_plan,
     choose_quantized_plan,
 )
@@ -225,6 +226,16 @@ def parts_tiles() -> Iterator[PartsTile]:
         yield PartsTile(block_n, block_k, parts, warps, stages)
 
 
+def vector_tiles(layer: QuantizedLinear) -> Iterator[VectorTile]:
+    for steps, ahead, warps in (
+        (1, 1, 1), (2, 2, 1), (3, 3, 1), (4, 4, 1), (5, 5, 1), (6, 4, 1), (6, 6, 1), (12, 4, 1),
+        (1, 1, 2), (2, 2, 2), (3, 3, 2), (4, 4, 2),
+    ):  # fmt: skip
+        tile = VectorTile(steps, ahead, warps)
+        if tile.split(layer) is not None:
+            yield tile
+
+
 def gemm_tiles(block_m: int) -> Iterator[GemmTile]:
     small = ((64, 128, 4, 3), (64, 128, 4, 5), (128, 128, 4, 3), (128, 128, 8, 3), (32, 128, 4, 4),
              (64, 64, 4, 4))  # fmt: skip
@@ -344,16 +355,17 @@ def tune(scheme: Scheme, tokens_list: list[int], budget: float, out: Path) -> No
 
 
 def tune_linear(layer: QuantizedLinear, scheme: Scheme, deadline: float) -> QuantizedPlan:
-    """The best tile for one row."""
+    """The best tile for one row, as `up`, and the best of those that serve a few, as `down`."""
     shape = (layer.outputs, layer.inputs)
     copies = max(2, 2 * 10**8 // (shape[0] * shape[1]))
     weights = [random_packed(shape, scheme, torch.bfloat16) for _ in range(copies)]
     x = torch.randn(1, layer.inputs, device="cuda").bfloat16()
     best, fastest = choose_quantized_plan(layer, 1, gpu_of(0)), math.inf
-    for tile in parts_tiles():
+    for tile in (*parts_tiles(), *vector_tiles(layer)):
         if time.time() > deadline:
             break
-        plan = QuantizedPlan(0, tile, tile)
+        few = tile if isinstance(tile, PartsTile) else best.down
+        plan = QuantizedPlan(0, tile, few)
 
         def run(turn: int, plan: QuantizedPlan = plan) -> Any:
             w = weights[turn]

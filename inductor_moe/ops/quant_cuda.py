@@ -16,6 +16,7 @@ from inductor_moe.kernels.quant_decode import (
     quantized_down_decode_kernel,
     quantized_up_decode_kernel,
 )
+from inductor_moe.kernels.quant_vector import quantized_vector_kernel
 from inductor_moe.ops.moe_cuda import (
     IDENTITY,
     Activation,
@@ -38,6 +39,7 @@ from inductor_moe.quant_tiles import (
     QuantizedExperts,
     QuantizedLinear,
     QuantizedPlan,
+    VectorTile,
     choose_int8_plan,
     choose_quantized_plan,
     step_of,
@@ -45,7 +47,7 @@ from inductor_moe.quant_tiles import (
 from inductor_moe.reference.quant import BITS
 from inductor_moe.tiles import GemmTile, gpu_of
 
-Tile = PartsTile | GemmTile
+Tile = PartsTile | GemmTile | VectorTile
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class _Weight:
     def constants(self) -> dict[str, Any]:
         return {"HAS_ZEROS": self.zeros is not None, "BITS": self.bits, "GROUP": self.group_size}
 
-    def step(self, tile: Tile) -> int:
+    def step(self, tile: PartsTile | GemmTile) -> int:
         return step_of(tile.block_k, self.bits, self.group_size)
 
     def slice_of(self, block_k: int, splits: int) -> int:
@@ -130,8 +132,11 @@ def quantized_linear_cuda(
     plan = plan or choose(layer, hint, gpu_of(x.device.index))
     x = _inner_contiguous(x)
     bias_rows = None if bias is None else bias[None]
+    if isinstance(plan.up, VectorTile) and isinstance(tokens, int) and tokens == 1:
+        _vector(x, weight, layer, bias, out, plan.up, wrap)
+        return out
     if not plan.block_m:
-        _up_decode(x, 1, weight, bias_rows, None, out, IDENTITY, plan.up, wrap)
+        _up_decode(x, 1, weight, bias_rows, None, out, IDENTITY, plan.down, wrap)
         return out
     linear_gemm(x, weight, bias_rows, out, plan, wrap, int8_activations=int8_activations)
     return out
@@ -278,6 +283,45 @@ def _plan(
     )
     choose = choose_int8_plan if int8_activations else choose_quantized_plan
     return choose(layer, _tokens(ids, tokens_hint), gpu_of(ids.device.index))
+
+
+def _vector(
+    x: Tensor,
+    weight: _Weight,
+    layer: QuantizedLinear,
+    bias: Tensor | None,
+    out: Tensor,
+    tile: VectorTile,
+    wrap: Wrap,
+) -> None:
+    """x [1, K] times the weight, plus bias [N], into out [1, N]."""
+    constants, block = vector_constants(tile, layer)
+    wrap(quantized_vector_kernel)[(_cdiv(weight.rows, block),)](
+        x, *weight.tensors(), weight.packed if bias is None else bias, out, weight.rows,
+        0 if bias is None else bias.stride(0),
+        HAS_BIAS=bias is not None, HAS_ZEROS=weight.zeros is not None, GROUP=weight.group_size,
+        **constants, num_warps=tile.warps, num_stages=1,
+    )  # fmt: skip
+
+
+def vector_constants(tile: VectorTile, layer: QuantizedLinear) -> tuple[dict[str, int], int]:
+    """The constants of `vector_rows`, and how many rows a program has.
+
+    Raises ValueError for a layer that the tile is not for.
+    """
+    split = tile.split(layer)
+    if split is None:
+        raise ValueError(
+            f"plan.up is {tile}, which is for 4 bits in groups of 64, 128, 256 or 512 and for "
+            f"512, 1024, 2048 or 4096 inputs, a warp for each 2048; got {layer}."
+        )
+    lanes, parts, spans = split
+    at_once = tile.warps * 32 // lanes
+    constants = {
+        "LANES": lanes, "PARTS": parts, "SPANS": spans, "R": at_once,
+        "STEPS": tile.steps, "AHEAD": min(tile.ahead, tile.steps),
+    }  # fmt: skip
+    return constants, tile.steps * at_once // parts
 
 
 def _up_decode(

@@ -12,12 +12,17 @@ from kernels import ptx_lanes
 from triton.runtime.interpreter import TensorHandle
 
 FLOATS = {"bf16x2": torch.bfloat16, "f16x2": torch.float16}
-STORED = {tl.bfloat16: np.uint16, tl.float16: np.float16, tl.int8: np.int8}
+STORED = {
+    tl.bfloat16: np.uint16, tl.float16: np.float16, tl.int8: np.int8, tl.float32: np.float32,
+}  # fmt: skip
 
 
-def run(assembly: str, words: np.ndarray) -> np.ndarray:
-    """Execute `assembly` with $1 = words (uint32) and return $0."""
-    registers: dict[str, np.ndarray] = {"$1": words}
+def run(assembly: str, words: np.ndarray, outputs: int = 1) -> np.ndarray:
+    """Execute `assembly` on words [W] uint32 and return its outputs, [W, outputs].
+
+    They are $0 and on, and the words are the operand after them.
+    """
+    registers: dict[str, np.ndarray] = {f"${outputs}": words}
     body = assembly.strip().removeprefix("{").removesuffix("}")
     for statement in filter(None, (line.strip() for line in body.split(";"))):
         if statement.startswith(".reg"):
@@ -28,7 +33,7 @@ def run(assembly: str, words: np.ndarray) -> np.ndarray:
             registers[o] if o in registers else np.full_like(words, int(o, 0)) for o in operands
         ]
         registers[target] = _execute(operation, values)
-    return registers["$0"]
+    return np.stack([registers[f"${i}"] for i in range(outputs)], -1)
 
 
 def _execute(operation: str, values: list[np.ndarray]) -> np.ndarray:
@@ -68,13 +73,16 @@ def _halves(words: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
 def inline_asm_elementwise(
     asm: Any, constraints: Any, args: Any, dtype: Any, is_pure: Any, pack: Any, **_: Any
 ) -> tl.tensor:
-    """Stands for tl.inline_asm_elementwise: one input and one output of a size, in registers."""
+    """Stands for tl.inline_asm_elementwise: one input register, and one or two of outputs."""
     unwrap = lambda value: getattr(value, "value", value)  # noqa: E731
     if not unwrap(is_pure):
         return ptx_lanes.inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack)
     data = np.ascontiguousarray(args[0].handle.data)
-    assert unwrap(constraints) == "=r,r" and unwrap(pack) * data.itemsize == 4 and len(args) == 1
+    *outputs, last = unwrap(constraints).split(",")
+    assert set(outputs) == {"=r"} and last == "r" and len(args) == 1
+    assert unwrap(pack) * data.itemsize == 4
     words = data.reshape(-1).view(np.uint32)
     kind = unwrap(dtype)
-    stored = run(unwrap(asm), words).astype(np.uint32).view(STORED[kind]).reshape(data.shape)
+    found = run(unwrap(asm), words, len(outputs)).astype(np.uint32)
+    stored = found.view(STORED[kind]).reshape(data.shape)
     return tl.tensor(TensorHandle(stored, kind), tl.block_type(kind, list(data.shape)))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from inductor_moe.ops import quant_cuda
 from inductor_moe.quant.fit import Packed, Scheme, quantize_weight
-from inductor_moe.quant_tiles import PartsTile, QuantizedPlan
+from inductor_moe.quant_tiles import PartsTile, QuantizedPlan, VectorTile
 from inductor_moe.reference.moe import (
     moe_down_combine_reference,
     moe_experts_reference,
@@ -33,6 +33,8 @@ PLANS = {
 }
 SCHEMES = {
     "int4 g128": Scheme(4, 128, True, "rtn"),
+    "int4 g256": Scheme(4, 256, True, "rtn"),
+    "int4 g128 zeros": Scheme(4, 128, False, "rtn"),
     "int4 g64 zeros": Scheme(4, 64, False, "rtn"),
     "int4 g32": Scheme(4, 32, True, "rtn"),
     "int4 g16 zeros": Scheme(4, 16, False, "rtn"),
@@ -124,6 +126,48 @@ def test_linear(plan, scheme):
     reference = x.double() @ exact(weight, kind, inputs).T + bias.double()
     assert found.dtype == dtype
     assert relative_error(found, reference) <= LIMIT
+
+
+@pytest.mark.parametrize(
+    ("tile", "scheme", "shape", "dtype"),
+    [
+        (VectorTile(3, 2, 1), "int4 g128", (41, 2048), torch.bfloat16),
+        (VectorTile(2, 2, 2), "int4 g64 zeros", (13, 1024), torch.float16),
+        (VectorTile(1, 1, 2), "int4 g128", (8, 4096), torch.float16),
+        (VectorTile(2, 1, 4), "int4 g128 zeros", (19, 4096), torch.bfloat16),
+        (VectorTile(2, 1, 1), "int4 g256", (7, 512), torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("far", [False, True])
+def test_one_row_without_tensor_cores(tile, scheme, shape, dtype, far):
+    kind = SCHEMES[scheme]
+    weight, bias = packed(shape, kind, dtype), torch.randn(shape[0]).to(dtype)
+    x = (torch.randn(1, shape[1]) + 16 * far).to(dtype)
+    if far:
+        x[0, 3] = 1000.0
+        weight.packed[0], weight.packed[1] = -1, 0  # all codes 15, all codes 0
+    plan = QuantizedPlan(0, tile, PLANS["parts-8"].down)
+    for own in (bias, None):
+        found = quant_cuda.quantized_linear_cuda(
+            x, *arguments(weight, kind)[:3], own, kind.group_size, plan=plan, wrap=Interpreted
+        )
+        reference = x.double() @ exact(weight, kind, shape[1]).T
+        reference += 0.0 if own is None else own.double()
+        assert found.dtype == dtype
+        # Little but the rounding of the output, which is all that one large output has.
+        rounding = relative_error(reference.to(dtype), reference)
+        assert relative_error(found, reference) <= rounding + LIMIT / 10
+
+
+def test_one_row_without_tensor_cores_refuses_what_it_cannot_read():
+    kind = SCHEMES["int4 g32"]
+    weight = packed((8, 1024), kind, torch.bfloat16)
+    plan = QuantizedPlan(0, VectorTile(1, 1, 1), PLANS["parts-8"].down)
+    with pytest.raises(ValueError, match=r"groups of 64, .*group_size=32"):
+        quant_cuda.quantized_linear_cuda(
+            torch.randn(1, 1024).bfloat16(), *arguments(weight, kind)[:3], None, 32, plan=plan,
+            wrap=Interpreted,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("plan", PLANS)

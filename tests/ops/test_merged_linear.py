@@ -14,9 +14,10 @@ import inductor_moe
 from inductor_moe.ops.merged_linear import merged_linear
 from inductor_moe.ops.merged_linear_cuda import merged_linear_cuda
 from inductor_moe.quant.fit import Scheme, quantize_weight
-from inductor_moe.quant_tiles import PartsTile
+from inductor_moe.quant_tiles import PartsTile, VectorTile
 from inductor_moe.reference.quant import dequantize_reference
 from inductor_moe.testing import capture, relative_error
+from inductor_moe.tiles import generic_gpu
 
 SCHEMES = {
     "int4 g128": Scheme(4, 128, True, "rtn"),
@@ -65,6 +66,44 @@ def test_kernel(monkeypatch, rows, scheme):
     tile = PartsTile(16, 64, 4, 4, 2)
     found = merged_linear_cuda(x, *weights, tile=tile, wrap=Interpreted)
     assert relative_error(found, x.double() @ exact.T) <= 3e-3
+
+
+@pytest.mark.parametrize("scheme", ["int4 g128", "int4 g64 zeros"])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "tile"),
+    [
+        (((33, 16, 5), (3, 2)), 1024, VectorTile(3, 2, 1)),
+        (((7, 2, 1, 4), ()), 512, VectorTile(1, 1, 1)),
+        (((9, 3), (1,)), 4096, VectorTile(2, 1, 2)),
+    ],
+)
+def test_kernel_of_one_row(monkeypatch, rows, inputs, tile, scheme):
+    kind = Scheme(4, int(scheme.split()[1][1:]), "zeros" not in scheme, "rtn")
+    weights, exact = arguments(*rows, kind, inputs)
+    padded = torch.full((1, inputs + 8), math.nan, dtype=torch.bfloat16)
+    x = padded[:, :inputs].copy_(torch.randn(1, inputs))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+    found = merged_linear_cuda(x, *weights, tile=tile, wrap=Interpreted)
+    assert relative_error(found, x.double() @ exact.T) <= 3e-3
+
+
+@pytest.mark.parametrize(("tokens", "name"), [(1, "merged_vector"), (2, "merged_linear")])
+def test_only_one_row_is_multiplied_without_tensor_cores(monkeypatch, tokens, name):
+    weights, _ = arguments((33, 16), (2,), Scheme(4, 128, True, "rtn"), 2048)
+    launched = []
+
+    class Named:
+        def __init__(self, kernel):
+            launched.append(kernel.fn.__name__)
+
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: None
+
+    where = "inductor_moe.ops.merged_linear_cuda.gpu_of"
+    monkeypatch.setattr(where, lambda index: generic_gpu((9, 0)))
+    merged_linear_cuda(torch.randn(tokens, 2048).bfloat16(), *weights, wrap=Named)
+    assert launched == [f"{name}_kernel"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
