@@ -6,6 +6,7 @@
 
 Times are medians of replays of one CUDA graph through which several routings, or copies of the
 weights, are rotated, so that L2 does not hold what memory should give; every helper kernel counts.
+With --dependent each kernel is launched while the one before it ends, as in a compiled graph.
 `tune` tries a handful of tiles for each number of tokens and writes a table for lowerings/configs.
 """
 
@@ -15,6 +16,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
 import itertools
 import json
 import math
@@ -28,6 +30,7 @@ from typing import Any
 import torch
 import triton
 
+from inductor_moe.kernels import dependent
 from inductor_moe.ops.quant_cuda import moe_experts_quantized_cuda, quantized_linear_cuda
 from inductor_moe.quant.fit import Packed, Scheme, empty
 from inductor_moe.quant_tiles import (
@@ -61,6 +64,17 @@ def random_packed(shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) ->
     if out.zeros is not None:
         out.zeros.uniform_(6.0, 9.0)
     return out
+
+
+class Dependent:
+    """wrap=Dependent launches a kernel as compiled graphs do: see `kernels.dependent`."""
+
+    def __init__(self, kernel: Any) -> None:
+        dependent.DEPENDENT = triton.language.constexpr(True)
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        return functools.partial(self.kernel[grid], launch_pdl=True)
 
 
 def exact(weight: Packed, group_size: int, inputs: int) -> torch.Tensor:
@@ -147,7 +161,9 @@ def experts_layer(scheme: Scheme) -> QuantizedExperts:
     return QuantizedExperts(TOP_K, EXPERTS, HIDDEN, INNER, True, scheme.bits, scheme.group_size)
 
 
-def time_all(scheme: Scheme, path: Path | None, tokens_list: list[int]) -> None:
+def time_all(
+    scheme: Scheme, path: Path | None, tokens_list: list[int], wrap: Any = lambda k: k
+) -> None:
     gpu, rows = gpu_of(0), []
     layer = experts_layer(scheme)
     up = random_packed((EXPERTS, 2 * INNER, HIDDEN), scheme, torch.bfloat16)
@@ -156,13 +172,13 @@ def time_all(scheme: Scheme, path: Path | None, tokens_list: list[int]) -> None:
         turns = 12 if tokens <= 8 else 4 if tokens <= 64 else 2
         inputs = Experts.draw(layer, up, down, tokens, turns)
         plan = choose_quantized_plan(layer, tokens, gpu)
-        taken, spread = microseconds(lambda turn, i=inputs, p=plan: i.run(p, turn), turns)
+        taken, spread = microseconds(lambda turn, i=inputs, p=plan: i.run(p, turn, wrap), turns)
         rows.append(_row("experts", tokens, taken, spread, experts_floor(layer, tokens),
                          TARGETS.get(tokens)))  # fmt: skip
         if tokens >= 256 and scheme.bits == 4:
             plan = choose_int8_plan(layer, tokens, gpu)
             taken, spread = microseconds(
-                lambda turn, i=inputs, p=plan: i.run(p, turn, int8=True), turns
+                lambda turn, i=inputs, p=plan: i.run(p, turn, wrap, int8=True), turns
             )
             floor = experts_floor(layer, tokens, INT8_ARITHMETIC)
             rows.append(_row("experts, int8 activations", tokens, taken, spread, floor, None))
@@ -180,8 +196,9 @@ def time_all(scheme: Scheme, path: Path | None, tokens_list: list[int]) -> None:
             ) -> Any:
                 w = weights[turn % len(weights)]
                 return quantized_linear_cuda(
-                    x, w.packed, w.scales, w.zeros, None, scheme.group_size, int8, plan=plan
-                )
+                    x, w.packed, w.scales, w.zeros, None, scheme.group_size, int8,
+                    plan=plan, wrap=wrap,
+                )  # fmt: skip
 
             taken, spread = microseconds(run, copies)
             floor = max(size / BANDWIDTH, 2 * tokens * outputs * HIDDEN / ARITHMETIC)
@@ -199,6 +216,7 @@ def time_all(scheme: Scheme, path: Path | None, tokens_list: list[int]) -> None:
     result = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
         "triton": triton.__version__, "scheme": scheme.describe(),
+        "launch": "dependent" if wrap is Dependent else "plain",
         "date": datetime.date.today().isoformat(), "rows": rows,
     }  # fmt: skip
     if path is not None:
@@ -388,6 +406,7 @@ def main() -> int:
     parser.add_argument("action", choices=("check", "time", "tune"))
     parser.add_argument("--bits", type=int, choices=(4, 8), default=4)
     parser.add_argument("--zeros", action="store_true", help="with zero points")
+    parser.add_argument("--dependent", action="store_true", help="launch as compiled graphs do")
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--out", type=Path, default=Path("table.quant.json"))
@@ -400,7 +419,8 @@ def main() -> int:
 
         return min(check(), 1)
     if options.action == "time":
-        time_all(scheme, options.json, options.tokens)
+        wrap = Dependent if options.dependent else lambda kernel: kernel
+        time_all(scheme, options.json, options.tokens, wrap)
     else:
         tune(scheme, options.tokens, options.budget, options.out)
     return 0
