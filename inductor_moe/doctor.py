@@ -19,7 +19,6 @@ from inductor_moe.errors import InductorMoeError
 
 OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 15)
 OLDEST_PYTHON = (3, 11)
-OLDEST_GPU = (8, 0)
 FREE_BYTES = 1 << 30
 
 
@@ -93,6 +92,8 @@ def _pinned_triton() -> str | None:
 def _gpu() -> Finding:
     import torch
 
+    from inductor_moe import compat
+
     if not torch.cuda.is_available():
         if torch.version.cuda and shutil.which("nvidia-smi"):
             text = f"torch is built for CUDA {torch.version.cuda} but sees no GPU"
@@ -102,9 +103,9 @@ def _gpu() -> Finding:
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)
         name = f"{torch.cuda.get_device_name(index)} (sm_{capability[0]}{capability[1]})"
-        if capability < OLDEST_GPU:
-            remedy = "the kernels need compute capability 8.0; this GPU runs the reference"
-            return Finding("gpu", "warning", name, remedy)
+        reason = compat.no_kernels_reason(torch.device("cuda", index))
+        if reason is not None:
+            return Finding("gpu", "warning", name, f"{reason}; PyTorch's own ops run instead")
         names.append(name)
     return Finding("gpu", "ok", ", ".join(names))
 

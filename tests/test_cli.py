@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import pytest
+import torch
 import typer.main
 from typer.testing import CliRunner
 
@@ -104,6 +105,26 @@ def test_doctor_finds_a_torch_and_triton_that_do_not_fit(monkeypatch):
     finding = doctor._triton()
     assert finding.status == "error"
     assert finding.remedy == "pip install triton==2.1.0"
+
+
+@pytest.mark.parametrize(
+    "hip, capability, remedy",
+    [
+        (None, (9, 0), ""),
+        (None, (7, 5), "the GPU has compute capability 7.5, below 8.0; PyTorch's own ops run"),
+        ("6.4", (9, 4), "there are no kernels for AMD GPUs; PyTorch's own ops run"),
+    ],
+)
+def test_doctor_knows_which_gpus_run_the_kernels(hip, capability, remedy, monkeypatch):
+    for name, value in {
+        "is_available": True, "device_count": 1, "get_device_name": "GPU",
+        "get_device_capability": capability,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    finding = doctor._gpu()
+    assert finding.status == ("warning" if remedy else "ok")
+    assert finding.remedy.startswith(remedy) and bool(finding.remedy) == bool(remedy)
 
 
 def test_doctor_reports_a_check_that_fails(monkeypatch):

@@ -1,6 +1,7 @@
 // Generates tokens from a package of inductor_moe.export_generation, without Python.
 #include <c10/core/InferenceMode.h>
 
+#include <cerrno>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -38,8 +39,9 @@ struct Arguments {
 
 int64_t integer(const std::string& name, const std::string& text, int64_t least) {
   char* end = nullptr;
+  errno = 0;
   const long long value = std::strtoll(text.c_str(), &end, 10);
-  if (text.empty() || *end != '\0' || value < least)
+  if (text.empty() || *end != '\0' || errno == ERANGE || value < least)
     throw Failure(name + " is '" + text + "'; it must be an integer >= " + std::to_string(least));
   return value;
 }
@@ -84,12 +86,14 @@ Arguments parse(int argc, char** argv) {
   }
   if (found.package.empty()) throw Failure("--package is missing (see --help)");
   if (found.prompt_ids.empty() == found.prompt.empty())
-    throw Failure("one of --prompt-ids and --prompt must be given (see --help)");
+    throw Failure("one of --prompt-ids and --prompt must be given, not both (see --help)");
   if (!found.prompt.empty() && found.tokenizer.empty())
     throw Failure("--prompt needs --tokenizer, a tokenizer.json; or use --prompt-ids");
-  if (!(found.sampling.temperature >= 0)) throw Failure("--temperature must be 0 or more");
-  if (!(found.sampling.top_p > 0 && found.sampling.top_p <= 1))
-    throw Failure("--top-p must be in (0, 1]");
+  const double temperature = found.sampling.temperature, top_p = found.sampling.top_p;
+  if (!(temperature >= 0))
+    throw Failure("--temperature is " + std::to_string(temperature) + "; it must be 0 or more");
+  if (!(top_p > 0 && top_p <= 1))
+    throw Failure("--top-p is " + std::to_string(top_p) + "; it must be in (0, 1]");
   return found;
 }
 
@@ -212,11 +216,11 @@ void run(const Arguments& arguments) {
       package);
   if (arguments.sampling.temperature > 0 && package.sampling == "greedy")
     throw Failure("--temperature: the package was exported with sampling='greedy' and takes 0");
-  const int64_t needed = prompt.size(1) + arguments.max_new_tokens - 1;
-  if (needed > package.max_seq_len)
+  // Not as a sum, which the largest numbers would make negative.
+  if (arguments.max_new_tokens > package.max_seq_len + 1 - prompt.size(1))
     throw Failure("a prompt of " + std::to_string(prompt.size(1)) + " and " +
-                  std::to_string(arguments.max_new_tokens) + " new tokens need room for " +
-                  std::to_string(needed) + "; the package has max_seq_len " +
+                  std::to_string(arguments.max_new_tokens) +
+                  " new tokens need more room than the package's max_seq_len " +
                   std::to_string(package.max_seq_len));
   std::vector<std::unique_ptr<Session>> sessions;
   for (int64_t s = 0; s < arguments.sessions; ++s)

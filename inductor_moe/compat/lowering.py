@@ -77,7 +77,7 @@ def runs_triton_kernels(device: torch.device) -> bool:
     """Whether our kernels run on a device: NVIDIA, sm_80 or later, with Triton. Warns once."""
     if device.type == "cpu":
         return False
-    reason = _no_triton_reason(device)
+    reason = no_kernels_reason(device)
     if reason is not None:
         warnings.warn(
             f"inductor_moe: {reason}; fused sites run through PyTorch's own ops instead",
@@ -87,7 +87,8 @@ def runs_triton_kernels(device: torch.device) -> bool:
     return reason is None
 
 
-def _no_triton_reason(device: torch.device) -> str | None:
+def no_kernels_reason(device: torch.device) -> str | None:
+    """Why our kernels do not run on a device that is no CPU; None if they do."""
     if device.type != "cuda":
         return f"there are no kernels for device {device.type}"
     if torch.version.hip is not None:

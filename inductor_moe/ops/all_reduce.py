@@ -111,8 +111,8 @@ def all_reduce(x: Tensor, group_name: str) -> Tensor:
     launch, and with it the process's CUDA context, in an error. Everything else is the group's own
     all-reduce.
     """
-    if x.is_cuda and why_not(x, group_name) is None and x.data_ptr() % 4 == 0:
-        return all_reduce_cuda(x.contiguous(), _shared[group_name])
+    if x.is_cuda and why_not(x, group_name) is None:
+        return all_reduce_cuda(as_words(x), _shared[group_name])
     found = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(found, group=compat.process_group_named(group_name))
     return found
@@ -121,6 +121,15 @@ def all_reduce(x: Tensor, group_name: str) -> Tensor:
 @all_reduce.register_fake
 def _(x: Tensor, group_name: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def as_words(x: Tensor) -> Tensor:
+    """x contiguous from a 32-bit boundary on.
+
+    Where x lies must not decide who adds up: on another rank it may lie otherwise.
+    """
+    x = x.contiguous()
+    return x if x.data_ptr() % 4 == 0 else x.clone()
 
 
 def all_reduce_cuda(

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch.library import opcheck
 
 from inductor_moe import compat
-from inductor_moe.compat import lowering
 from inductor_moe.ops import delta_rule as ops
 from inductor_moe.ops.delta_rule import delta_decode, delta_rule
 from inductor_moe.reference import delta_rule as reference
@@ -203,7 +202,7 @@ def test_a_gpu_without_kernels_is_served_by_pytorch(monkeypatch):
 def test_gpus_with_kernels(hip, capability, reason, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert lowering._no_triton_reason(torch.device("cuda")) == reason
+    assert compat.no_kernels_reason(torch.device("cuda")) == reason
 
 
 def test_padded_strides():

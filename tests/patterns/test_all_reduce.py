@@ -84,6 +84,14 @@ def test_others_are_left_with_a_remark(function, shape, dtype, reason):
     assert reason in note and "left to the process group's backend" in note
 
 
+def test_what_lies_between_words_is_moved_not_left_to_the_backend():
+    whole = torch.arange(9.0, dtype=torch.bfloat16)
+    for x in (whole[1:], whole[:8].view(2, 4).t(), whole[:8]):
+        found = ops.as_words(x)
+        assert torch.equal(found, x) and found.is_contiguous() and found.data_ptr() % 4 == 0
+    assert found.data_ptr() == whole.data_ptr()
+
+
 def test_a_sum_on_a_cpu_is_none_of_ours():
     graph = traced(summed, 8, device="cpu")
     assert rewrite(graph, Options()) == [] and left_to_backends(graph) == ()
