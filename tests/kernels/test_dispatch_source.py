@@ -105,10 +105,12 @@ def test_head_dims_without_chunks_take_one_form():
     assert launched(source(drawn, run, tensors)) == {"delta_recurrent_kernel"}
 
 
+@pytest.mark.parametrize("tokens", [None, 70])
 @pytest.mark.parametrize("width", [32, 128])
-def test_a_rule_in_fp64_takes_no_kernel(width):
+def test_a_rule_in_fp64_takes_no_kernel(width, tokens):
     """A model in fp64, as one runs to compare with, keeps its precision on a GPU, too."""
     drawn = Drawn(2, 288, 100)
+    drawn.tokens = tokens or drawn.tokens
     tensors, run = delta(drawn, width, torch.float64)
     code = source(drawn, run, tensors, package=False)
     assert "inductor_moe.delta_rule" in code and not re.search(r"delta_\w+_kernel", code)
