@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from inductor_moe.errors import InductorMoeError
-from inductor_moe.quant.modules import slots_of
+from inductor_moe.quant.modules import buffers_of, packed_modules, slots_of
 from inductor_moe.quant.quantize import randomize_
 
 SCHEMES = ("int4", "int8", "none")
+RESIDUAL = ("o_proj", "out_proj", "down_proj")  # what adds to the residual stream
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,12 @@ LANGUAGE_MODELS = {
 def build(name: str, scheme: str, device: str, layers: int | None = None) -> Any:
     """The unmodified model in bf16, frozen, its weights made on `device` and packed by `scheme`.
 
-    Norms, decays and rotary frequencies are what the model's own initialisation makes them; every
-    matrix has a standard deviation of 0.02, a convolution one of 0.5. Packed
-    weights never exist unpacked.
+    Norms, decays and rotary frequencies are what the model's own initialisation makes them.
+    Matrices have a standard deviation of 0.02, divided by (2 * layers)**0.5 in what adds to the
+    residual stream; convolutions have one of 0.5, embeddings of 1. So a layer changes the stream
+    by a little, as in trained models: were it made of the layers' outputs alone, routers that
+    are undecided at bf16's rounding would turn it into something else within a few layers, and
+    errors would say nothing. Packed weights never exist unpacked.
 
     Raises InductorMoeError for an unknown name, scheme or number of layers.
     """
@@ -64,6 +68,7 @@ def build(name: str, scheme: str, device: str, layers: int | None = None) -> Any
     model.eval().requires_grad_(False)
     randomize_(model, None if scheme == "none" else scheme, device)
     _initialise(model, device)
+    _balance(model)
     return model
 
 
@@ -120,6 +125,17 @@ def _initialise(model: Any, device: str) -> None:
             model._init_weights(module)
         if isinstance(module, nn.modules.conv._ConvNd):
             module.weight.normal_(0, 0.5)  # few taps: smaller ones would leave next to nothing
+
+
+def _balance(model: Any) -> None:
+    """The residual stream: embeddings of variance 1, and little from each layer."""
+    factor = (2 * model.config.get_text_config(decoder=True).num_hidden_layers) ** -0.5
+    packed = ((f"{path}.{slot.name}", buffers_of(module, slot).scales)
+              for path, module, slot in packed_modules(model))  # fmt: skip
+    for name, values in (*model.named_parameters(), *packed):
+        if name.removesuffix(".weight").endswith(RESIDUAL):
+            values.mul_(factor)
+    model.get_input_embeddings().weight.normal_(0, 1)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from inductor_moe.bench.ceilings import Ceilings
 from inductor_moe.cli import app
 from inductor_moe.errors import InductorMoeError
 from inductor_moe.report import Site
-from inductor_moe.testing import graph_backend
+from inductor_moe.testing import graph_backend, relative_error
 
 SITE = Site("moe_experts", "moe.experts.grouped_mm")
 TINY = generate.Setup("tiny", "int4", "cpu", (12, 70), (2, 3), (2,))
@@ -48,6 +48,25 @@ def test_both_providers_are_checked_and_timed(quick, tmp_path):
     shown = CliRunner().invoke(app, ["bench", "--show", str(tmp_path / "rows.json")])
     assert shown.exit_code == 0, shown.output
     assert "decode, tiny int4" in shown.output and "prefill, tiny int4" in shown.output
+
+
+@pytest.mark.parametrize("scheme", ["int4", "none"])
+def test_a_deep_model_does_not_amplify_rounding(monkeypatch, scheme):
+    """Or its errors would tell a wrong kernel from a right one no more."""
+    tiny = models.LANGUAGE_MODELS["tiny"]
+    kinds = (["linear_attention"] * 3 + ["full_attention"]) * 8
+    options = {**dict(tiny.options), "num_hidden_layers": len(kinds), "layer_types": kinds}
+    deep = models.LanguageModel(tiny.config, tuple(options.items()))
+    monkeypatch.setitem(models.LANGUAGE_MODELS, "tiny", deep)
+    model = models.build("tiny", scheme, "cpu")
+    ids = torch.randint(512, (1, 24))
+    with torch.no_grad():
+        rounded = model(ids).logits
+        with models.widened(model):
+            exact = model(ids).logits
+    assert exact.dtype == torch.float32
+    assert relative_error(rounded, exact) < 0.03
+    assert exact[0].argmax(-1).unique().numel() > 12
 
 
 def only(setup, **changes):
