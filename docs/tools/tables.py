@@ -15,7 +15,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "examples" / "benchmarks" / "results"
-HEADLINE_MODEL, HEADLINE_OPS = "qwen3.5-35b-a3b", ("moe-block", "delta-prefill", "delta-decode")
+HEADLINE_MODEL = "qwen3.5-35b-a3b"
+HEADLINE_OPS = ("moe-block", "moe-experts", "delta-prefill", "delta-decode")
 ROOFLINE = ROOT / "docs" / "images" / "roofline.svg"
 BEGIN, END = "<!-- benchmarks: made by docs/tools/tables.py -->", "<!-- end of benchmarks -->"
 SUPPORT = ROOT / "docs" / "data" / "support.json"
@@ -170,7 +171,7 @@ def experts_summary(tables: list[Table]) -> str:
     chosen = [table for table in tables if table.op == "moe-experts" and table.of_ceiling]
     if not chosen:
         return ""
-    few = sorted({size for table in chosen for size in table.of_ceiling if size <= 64})
+    few = sorted(set.intersection(*({*table.of_ceiling} for table in chosen)) & {*range(65)})
     head = ["model", *(f"{size:,} tokens" for size in few), "most TFLOP/s", "at tokens"]
     lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
     for table in sorted(chosen, key=lambda table: (table.gpu, table.model)):
