@@ -24,11 +24,11 @@ def register() -> None:
     lower(shared.moe_experts_shared, moe_experts_shared_lowering)
 
 
-def moe_route_lowering(logits: Any, *args: Any) -> Any:
+def moe_route_lowering(logits: Any, *args: Any, **weights: Any) -> Any:
     """One launch where the device runs our kernels, else softmax and top-k in aten."""
     if not kernels_serve(logits):
-        return moe_route.moe_route_cpu(logits, *args)
-    return moe_route.moe_route_cuda(logits, *args, wrap=compat.wrap_triton)
+        return moe_route.moe_route_cpu(logits, *args, **weights)
+    return moe_route.moe_route_cuda(logits, *args, **weights, wrap=compat.wrap_triton)
 
 
 def moe_router_lowering(x: Any, *args: Any, **own: Any) -> Any:

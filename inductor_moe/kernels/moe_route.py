@@ -12,7 +12,7 @@ from inductor_moe.kernels.dependent import wait_for_inputs
 def choose_experts(
     logits,  # [E] any float; read past L1, so other programs may have written it
     bias,  # [E] any float, if HAS_BIAS
-    weights,  # [K] fp32, written
+    weights,  # [K] any float, written
     ids,  # [K] int64, written
     stride_e,
     stride_bias,
@@ -103,7 +103,7 @@ def choose_experts(
     if OWN > 0:
         chosen_ids -= FIRST
         chosen_ids = tl.where((chosen_ids >= 0) & (chosen_ids < OWN), chosen_ids, E)
-    tl.store(weights + k, value * SCALE, mask=k < K)
+    tl.store(weights + k, (value * SCALE).to(weights.dtype.element_ty), mask=k < K)
     tl.store(ids + k, chosen_ids.to(tl.int64), mask=k < K)
 
 
@@ -111,7 +111,7 @@ def choose_experts(
 def moe_route_kernel(
     logits,  # [T, E] any float
     bias,  # [E] any float, if HAS_BIAS
-    weights,  # [T, K] fp32, contiguous
+    weights,  # [T, K] any float, contiguous
     ids,  # [T, K] int64, contiguous
     stride_t,
     stride_e,

@@ -24,7 +24,7 @@ def moe_router_kernel(
     total,  # [H] written, if HAS_RESIDUAL
     normed,  # [H] written, if HAS_NORM
     logits,  # [E + 1] in x.dtype, written; the gate's last
-    weights,  # [K] fp32, written
+    weights,  # [K] any float, written
     ids,  # [K] int64, written
     counters,  # int32, the element `index` 0; the number of programs afterwards
     index,

@@ -66,6 +66,12 @@ def check_route(
         )
 
 
+def check_weights_dtype(op: str, dtype: torch.dtype) -> None:
+    """Raise ValueError if routing weights cannot be of this dtype."""
+    if not dtype.is_floating_point:
+        raise ValueError(f"{op}: weights_dtype is {dtype}; it must be a floating-point dtype.")
+
+
 @torch.library.custom_op("inductor_moe::moe_route", mutates_args=(), device_types="cpu")
 def moe_route(
     logits: Tensor,
@@ -79,6 +85,8 @@ def moe_route(
     groups: int = 1,
     kept_groups: int = 1,
     group_top: int = 1,
+    *,
+    weights_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """The top_k experts of each token and their weights.
 
@@ -90,13 +98,15 @@ def moe_route(
     scale            of the weights, at last
     groups           of E // groups neighbours each; experts are chosen in the kept_groups best.
                      A group is as good as the sum of its group_top best experts, bias included
-    returns weights [T, K] fp32 and ids [T, K] int64, best first; ties go to the lowest expert
+    returns weights [T, K] in weights_dtype and ids [T, K] int64, best first; ties go to the lowest
+    expert
     Source: Shazeer et al., arXiv:1701.06538; sigmoid scores, groups: DeepSeek-V3,
     arXiv:2412.19437.
     """
     options = (bias, epsilon, floor, scale, groups, kept_groups, group_top)
     check_route(logits, top_k, scoring, normalise, *options)
-    return moe_route_cpu(logits, top_k, scoring, normalise, *options)
+    check_weights_dtype("moe_route", weights_dtype)
+    return moe_route_cpu(logits, top_k, scoring, normalise, *options, weights_dtype=weights_dtype)
 
 
 def moe_route_cpu(
@@ -111,6 +121,8 @@ def moe_route_cpu(
     groups: int = 1,
     kept_groups: int = 1,
     group_top: int = 1,
+    *,
+    weights_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """`moe_route` in aten alone, traceable."""
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -131,17 +143,23 @@ def moe_route_cpu(
     if normalise:
         total = weights.sum(-1, keepdim=True)
         weights = weights / ((total.clamp(min=floor) if floor > 0 else total) + epsilon)
-    return (weights * scale).float(), ids
+    return (weights * scale).to(weights_dtype), ids
 
 
 @moe_route.register_fake
 def _moe_route_fake(
-    logits: Tensor, top_k: int, scoring: str, normalise: bool, *options: Any
+    logits: Tensor,
+    top_k: int,
+    scoring: str,
+    normalise: bool,
+    *options: Any,
+    weights_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     check_route(logits, top_k, scoring, normalise, *options)
+    check_weights_dtype("moe_route", weights_dtype)
     shape = (logits.shape[0], top_k)
     return (
-        logits.new_empty(shape, dtype=torch.float32),
+        logits.new_empty(shape, dtype=weights_dtype),
         logits.new_empty(shape, dtype=torch.int64),
     )
 
@@ -159,13 +177,14 @@ def moe_route_cuda(
     kept_groups: int = 1,
     group_top: int = 1,
     *,
+    weights_dtype: torch.dtype = torch.float32,
     wrap: Callable[[Any], Any] = lambda kernel: kernel,
 ) -> tuple[Tensor, Tensor]:
     """`moe_route` as one Triton launch; traceable with wrap=torch.library.wrap_triton."""
     from inductor_moe.kernels.moe_route import moe_route_kernel
 
     tokens, experts = logits.shape
-    weights = torch.empty((tokens, top_k), dtype=torch.float32, device=logits.device)
+    weights = torch.empty((tokens, top_k), dtype=weights_dtype, device=logits.device)
     ids = torch.empty((tokens, top_k), dtype=torch.int64, device=logits.device)
     if isinstance(tokens, int) and tokens == 0:
         return weights, ids
@@ -228,8 +247,14 @@ def _power_of_two(least: int) -> int:
 
 @moe_route.register_kernel("cuda")
 def _moe_route_on_cuda(
-    logits: Tensor, top_k: int, scoring: str, normalise: bool, *options: Any
+    logits: Tensor,
+    top_k: int,
+    scoring: str,
+    normalise: bool,
+    *options: Any,
+    weights_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     check_route(logits, top_k, scoring, normalise, *options)
+    check_weights_dtype("moe_route", weights_dtype)
     run = moe_route_cuda if kernels_serve(logits) else moe_route_cpu
-    return run(logits, top_k, scoring, normalise, *options)
+    return run(logits, top_k, scoring, normalise, *options, weights_dtype=weights_dtype)

@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inductor_moe.ops.dispatch import kernels_serve
-from inductor_moe.ops.moe_route import check_route, moe_route_cpu, route_constants
+from inductor_moe.ops.moe_route import (
+    check_route,
+    check_weights_dtype,
+    moe_route_cpu,
+    route_constants,
+)
 
 MAX_HIDDEN = 8192
 COUNTERS = 1024  # routers of one graph
@@ -89,6 +94,7 @@ def moe_router(
     *,
     first: int = 0,
     own: int = 0,
+    weights_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Residual, RMS norm, logits of the experts and of one gate, and the choice, of one token.
 
@@ -103,16 +109,18 @@ def moe_router(
                          each keeps its number
     the others           as in `moe_route`
     returns total [1, H] x.dtype (x + residual, [0] without one), normed [1, H] x.dtype ([0]
-    without a norm), weights [1, K] fp32, ids [1, K] int64, gate's logit [1, 1] x.dtype ([0]
-    without one). Values are rounded to x.dtype before they are normalised, multiplied and scored.
+    without a norm), weights [1, K] in weights_dtype, ids [1, K] int64, gate's logit [1, 1]
+    x.dtype ([0] without one). Values are rounded to x.dtype before they are normalised, multiplied
+    and scored.
     """
     route = (top_k, scoring, normalise, bias, epsilon, floor, scale, groups, kept_groups,
              group_top)  # fmt: skip
     check_router(x, residual, norm_weight, router, gate, counters, index, *route)
     check_own(first, own, router.shape[0])
+    check_weights_dtype("moe_router", weights_dtype)
     run = moe_router_cuda if kernels_serve(x) else moe_router_plain
     return run(x, residual, norm_weight, norm_eps, norm_offset, router, gate, counters, index,
-               *route, first=first, own=own)  # fmt: skip
+               *route, first=first, own=own, weights_dtype=weights_dtype)  # fmt: skip
 
 
 @moe_router.register_fake
@@ -130,21 +138,28 @@ def _(
     *route: Any,
     first: int = 0,
     own: int = 0,
+    weights_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     del norm_eps, norm_offset
     check_own(first, own, router.shape[0])
+    check_weights_dtype("moe_router", weights_dtype)
     check_router(x, residual, norm_weight, router, gate, counters, index, top_k, *route)
-    return _outputs(x, residual, norm_weight, gate, top_k)
+    return _outputs(x, residual, norm_weight, gate, top_k, weights_dtype)
 
 
 def _outputs(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor | None, gate: Tensor | None, top_k: int
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    gate: Tensor | None,
+    top_k: int,
+    weights_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape = tuple(x.shape)
     return (
         x.new_empty((0,) if residual is None else shape),
         x.new_empty((0,) if norm_weight is None else shape),
-        x.new_empty((1, top_k), dtype=torch.float32),
+        x.new_empty((1, top_k), dtype=weights_dtype),
         x.new_empty((1, top_k), dtype=torch.int64),
         x.new_empty((0,) if gate is None else (1, 1)),
     )
@@ -163,6 +178,7 @@ def moe_router_plain(
     *route: Any,
     first: int = 0,
     own: int = 0,
+    weights_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`moe_router` in aten alone, traceable."""
     del counters, index
@@ -174,7 +190,7 @@ def moe_router_plain(
         value = x.to(wide)
         value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + norm_eps)
         x = normed = (value * (norm_weight.to(wide) + norm_offset)).to(x.dtype)
-    weights, ids = moe_route_cpu(F.linear(x, router), *route)
+    weights, ids = moe_route_cpu(F.linear(x, router), *route, weights_dtype=weights_dtype)
     if own:
         ids = ids - first
         ids = ids.masked_fill((ids < 0) | (ids >= own), router.shape[0])
@@ -199,13 +215,14 @@ def moe_router_cuda(
     *options: Any,
     first: int = 0,
     own: int = 0,
+    weights_dtype: torch.dtype = torch.float32,
     wrap: Callable[[Any], Any] = lambda kernel: kernel,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`moe_router` as one Triton launch; traceable with wrap=torch.library.wrap_triton."""
     from inductor_moe.kernels.moe_router import moe_router_kernel
 
     experts, hidden = router.shape
-    total, normed, weights, ids, _ = _outputs(x, residual, norm_weight, gate, top_k)
+    total, normed, weights, ids, _ = _outputs(x, residual, norm_weight, gate, top_k, weights_dtype)
     logits = x.new_empty(1, experts + 1)
     constants = route_constants(experts, top_k, scoring, normalise, bias is not None, *options)
     block = 1 << (hidden - 1).bit_length()

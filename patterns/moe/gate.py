@@ -148,7 +148,7 @@ def replace(graph: fx.Graph, site: GateSite) -> fx.Node:
             graph, moe_router._opoverload, *rows, weight,
             site.norm.eps if site.norm else 0.0, site.norm.offset if site.norm else 0.0,
             site.router, _gate_weight(site), counters, index, *route.args[1:],
-            like=route,
+            like=route, **route.kwargs,
         )  # fmt: skip
         total, normed, weights, ids, logit = (_item(graph, output, i) for i in range(5))
         replaced = [(site.x, normed)] if site.norm else []

@@ -35,7 +35,6 @@ from inductor_moe.patterns.walk import (
     operands,
     peel_casts,
     plain_binary,
-    prims,
     same_sizes,
     sizes,
     without_ones,
@@ -272,16 +271,11 @@ def replace(graph: fx.Graph, site: RouterSite) -> fx.Node:
             graph, moe_route._opoverload, site.logits, site.top_k, site.scoring,
             weighing.normalise, bias, weighing.epsilon, weighing.floor, weighing.scale,
             groups.count, groups.kept, groups.top,
-            like=site.ids,
+            weights_dtype=dtype(site.weights), like=site.ids,
         )  # fmt: skip
         weights = graph.call_function(operator.getitem, (both, 0))
         ids = graph.call_function(operator.getitem, (both, 1))
         weights.meta["val"], ids.meta["val"] = both.meta["val"]
-        if dtype(site.weights) != torch.float32:
-            weights = call(
-                graph, prims.convert_element_type.default, weights, dtype(site.weights),
-                like=site.weights,
-            )  # fmt: skip
     site.weights.replace_all_uses_with(weights)
     site.ids.replace_all_uses_with(ids)
     _drop_clamps(ids, experts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from kernels.interpreted import Interpreted
@@ -39,6 +41,28 @@ def test_kernel(monkeypatch, scoring, normalise, tokens, experts, top_k, dtype):
     expected_weights, expected_ids = moe_route_cpu(logits.double(), top_k, scoring, normalise)
     assert torch.equal(ids, expected_ids)
     torch.testing.assert_close(weights.double(), expected_weights.double(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("scoring, normalise", CASES)
+def test_weights_of_another_dtype(scoring, normalise, dtype):
+    logits = torch.randn(33, 60, dtype=torch.float64)
+    arguments = (3, scoring, normalise)
+    exact, expected_ids = moe_route(logits, *arguments, weights_dtype=torch.float64)
+    assert exact.dtype == torch.float64
+    assert (exact.float() != exact).any()
+    torch.library.opcheck(moe_route, (logits, *arguments), {"weights_dtype": dtype})
+    given = logits.float()
+    for run in (moe_route, functools.partial(moe_route_cuda, wrap=Interpreted)):
+        wide, _ = run(given, *arguments)
+        weights, ids = run(given, *arguments, weights_dtype=dtype)
+        assert weights.dtype == dtype and torch.equal(ids, expected_ids)
+        torch.testing.assert_close(weights, wide.to(dtype), rtol=1e-6, atol=0)
+
+
+def test_weights_are_floats():
+    with pytest.raises(ValueError, match=r"weights_dtype is torch.int32; it must be a floating"):
+        moe_route(torch.randn(5, 9), 3, "softmax", False, weights_dtype=torch.int32)
 
 
 OPTIONS = {

@@ -70,6 +70,18 @@ def test_kernel(monkeypatch, hidden, parts, route, dtype):
             assert relative_error(found[index], expected[index]) <= limit
 
 
+def test_weights_of_another_dtype():
+    given = arguments(64, 20, ROUTES["softmax"], torch.bfloat16)
+    for run in (moe_router_plain, functools.partial(moe_router_cuda, wrap=Interpreted)):
+        given[7].zero_()
+        wide = run(*given)[2]
+        given[7].zero_()
+        found = run(*given, weights_dtype=torch.bfloat16)[2]
+        assert found.dtype == torch.bfloat16 and torch.equal(found, wide.bfloat16())
+    given[7].zero_()
+    torch.library.opcheck(moe_router, tuple(given), {"weights_dtype": torch.bfloat16})
+
+
 @pytest.mark.parametrize("first, own", [(0, 10), (10, 10), (7, 1), (0, 20)])
 def test_experts_of_others_have_a_number_past_all(first, own):
     torch.manual_seed(own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 
 import forms
 import pytest
@@ -229,6 +230,20 @@ def test_a_known_router_is_one_op(route):
     assert site.detail == f"E={forms.EXPERTS} K=2 {KNOWN[route]}"
     assert "inductor_moe.moe_route.default" in targets
     assert "aten.topk.default" not in targets
+
+
+@pytest.mark.parametrize("route", KNOWN, ids=lambda route: route.__name__)
+def test_experts_read_the_weights_as_the_router_writes_them(route):
+    """A cast between two ops would be a launch of its own."""
+    graphs = []
+    with torch.no_grad():
+        capture(Model(route).bfloat16().eval(), forms.tokens(torch.bfloat16), graphs=graphs)
+    (experts,) = (
+        n for n in graphs[0].graph.nodes if str(n.target) == "inductor_moe.moe_experts.default"
+    )
+    weights = experts.args[4]
+    assert weights.target is operator.getitem
+    assert str(weights.args[0].target) == "inductor_moe.moe_route.default"
 
 
 @pytest.mark.parametrize("route", UNKNOWN, ids=lambda route: route.__name__)
