@@ -156,9 +156,10 @@ QUICK = {
 def test_packed(plan, scheme, sizes):
     gate = "interleaved" if sizes[1] == 40 else "chunked"
     arguments = draw(sizes, 2, torch.bfloat16, gate, SCHEMES[scheme], logits=sizes[2] != 100)
-    found = run(arguments, PACKED[plan])
+    found, expected = run(arguments, PACKED[plan]), exact(arguments)
     assert found.dtype == torch.bfloat16
-    assert relative_error(found, exact(arguments)) <= 5e-3
+    eager = relative_error(moe_experts_shared_plain(*arguments), expected)
+    assert relative_error(found, expected) <= 1.2 * eager
 
 
 def test_packed_without_a_gate():
