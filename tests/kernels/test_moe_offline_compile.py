@@ -180,8 +180,11 @@ def test_routers_compile_without_spills(router, gpu):
     launches: dict[str, Any] = {}
     logits = torch.empty(64, experts, device="meta")
     bias = torch.empty(experts, device="meta") if router == "deepseek_v3" else None
-    moe_route_cuda(logits, *arguments, bias, **options, wrap=Recorder(launches))
-    assert len(launches) == 1
+    for weights in (torch.float32, torch.bfloat16):
+        moe_route_cuda(
+            logits, *arguments, bias, **options, weights_dtype=weights, wrap=Recorder(launches)
+        )
+    assert len(launches) == 2
     compile_all(launches, gpu)
 
 
@@ -193,7 +196,7 @@ def test_whole_routers_compile_without_spills(hidden, gpu):
     counters = torch.empty(8, dtype=torch.int32, device="meta")
     moe_router_cuda(
         row, row, row[0], 1e-6, 1.0, weight, row, counters, 2, 8, "softmax", True,
-        wrap=Recorder(launches),
+        weights_dtype=torch.bfloat16, wrap=Recorder(launches),
     )  # fmt: skip
     compile_all(launches, gpu)
 
