@@ -117,7 +117,10 @@ def test_bytes_are_those_of_the_published_rows(published, qwen):
     for row in Results.load(measured.FOLDER / "moe_block.json").rows:
         tokens = row.size["tokens"]
         floor = block._block_floor(Rank(qwen, "none"), tokens, tokens)
-        assert floor == pytest.approx(row.bytes, rel=1e-3), tokens
+        # `bench` counts the experts that its router chose, here they are drawn evenly: the same
+        # for one token and where all are read.
+        drawn = 1 < tokens < 1024
+        assert floor == pytest.approx(row.bytes, rel=0.1 if drawn else 1e-3), tokens
     rank = Rank(qwen, "int4")
     for row in rows(published, "decode"):
         filled = row.size["prompt"] + row.size["decode"] / 2
