@@ -9,41 +9,58 @@ from inductor_moe.kernels.dependent import wait_for_inputs
 
 
 @triton.jit
-def choose_experts(
-    logits,  # [E] any float; read past L1, so other programs may have written it
-    bias,  # [E] any float, if HAS_BIAS
-    weights,  # [K] any float, written
-    ids,  # [K] int64, written
-    stride_e,
+def largest_of_16_bits(
+    value,  # [N] fp16 or bf16
+    e,  # [N] int32, distinct, below 2**16
+    valid,  # [N]
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The K largest, [BLOCK_K] fp32, and their e; of equal ones the lower e first.
+
+    A word of the value's bits, in their order, and of e needs one maximum of integers a round,
+    which is one instruction of a warp.
+    """
+    LEAST: tl.constexpr = -(2**31)
+    k = tl.arange(0, BLOCK_K)
+    bits = value.to(tl.int16, bitcast=True).to(tl.int32)
+    bits = tl.where(bits == -(2**15), 0, bits)  # -0.0 is 0.0
+    left = tl.where(valid, ((bits ^ ((bits >> 31) & 0x7FFF)) << 16) | (0xFFFF - e), LEAST)
+    chosen = tl.full((BLOCK_K,), LEAST, tl.int32)
+    for slot in tl.static_range(K):
+        best = tl.max(left, 0)
+        chosen = tl.where(k == slot, best, chosen)
+        left = tl.where(left == best, LEAST, left)
+    bits = chosen >> 16
+    bits = bits ^ ((bits >> 31) & 0x7FFF)
+    return (
+        bits.to(tl.int16).to(value.dtype, bitcast=True).to(tl.float32),
+        0xFFFF - (chosen & 0xFFFF),
+    )
+
+
+@triton.jit
+def largest_scores(
+    row,  # [BLOCK_G * BLOCK_S] fp32 logits
+    top,  # the largest
+    e,
+    valid,
+    bias,
     stride_bias,
     E: tl.constexpr,
     K: tl.constexpr,
-    SCORING: tl.constexpr,  # "softmax", "sigmoid" or "logits"
-    NORMALISE: tl.constexpr,
-    EPSILON: tl.constexpr,
-    FLOOR: tl.constexpr,
-    SCALE: tl.constexpr,
+    SCORING: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GROUPS: tl.constexpr,
     KEPT_GROUPS: tl.constexpr,
     GROUP_TOP: tl.constexpr,
     BLOCK_G: tl.constexpr,
-    BLOCK_S: tl.constexpr,  # experts of a group
+    BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    FIRST: tl.constexpr,  # of the OWN experts that are counted from 0; others become E
-    OWN: tl.constexpr,  # 0: all keep their number
 ):
-    """One token's experts, best first, and their weights."""
-    SIZE: tl.constexpr = E // GROUPS
-    # The scores rise with the logits, so these choose where nothing else does.
+    """Scores, or logits where these choose, of the K experts, [BLOCK_K] fp32, and the experts."""
     BY_LOGITS: tl.constexpr = GROUPS == 1 and not HAS_BIAS
     k = tl.arange(0, BLOCK_K)
-    i = tl.arange(0, BLOCK_G * BLOCK_S)
-    e = i // BLOCK_S * SIZE + i % BLOCK_S
-    valid = (i // BLOCK_S < GROUPS) & (i % BLOCK_S < SIZE)
-    row = tl.load(logits + e * stride_e, mask=valid, other=float("-inf"), cache_modifier=".cg")
-    row = row.to(tl.float32)
-    top = tl.max(row, 0)
     taken = valid == 0
     left = row
     score = row
@@ -88,6 +105,52 @@ def choose_experts(
         chosen_ids = tl.where(k == slot, first, chosen_ids)
         taken = taken | (e == first)
         left = tl.where(taken, float("-inf"), left)
+    return chosen, chosen_ids
+
+
+@triton.jit
+def choose_experts(
+    logits,  # [E] any float; read past L1, so other programs may have written it
+    bias,  # [E] any float, if HAS_BIAS
+    weights,  # [K] any float, written
+    ids,  # [K] int64, written
+    stride_e,
+    stride_bias,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    SCORING: tl.constexpr,  # "softmax", "sigmoid" or "logits"
+    NORMALISE: tl.constexpr,
+    EPSILON: tl.constexpr,
+    FLOOR: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT_GROUPS: tl.constexpr,
+    GROUP_TOP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # experts of a group
+    BLOCK_K: tl.constexpr,
+    FIRST: tl.constexpr,  # of the OWN experts that are counted from 0; others become E
+    OWN: tl.constexpr,  # 0: all keep their number
+):
+    """One token's experts, best first, and their weights."""
+    SIZE: tl.constexpr = E // GROUPS
+    # The scores rise with the logits, so these choose where nothing else does.
+    BY_LOGITS: tl.constexpr = GROUPS == 1 and not HAS_BIAS
+    k = tl.arange(0, BLOCK_K)
+    i = tl.arange(0, BLOCK_G * BLOCK_S)
+    e = i // BLOCK_S * SIZE + i % BLOCK_S
+    valid = (i // BLOCK_S < GROUPS) & (i % BLOCK_S < SIZE)
+    loaded = tl.load(logits + e * stride_e, mask=valid, other=float("-inf"), cache_modifier=".cg")
+    row = loaded.to(tl.float32)
+    top = tl.max(row, 0)
+    if BY_LOGITS and loaded.dtype.primitive_bitwidth == 16:
+        chosen, chosen_ids = largest_of_16_bits(loaded, e, valid, K, BLOCK_K)
+    else:
+        chosen, chosen_ids = largest_scores(
+            row, top, e, valid, bias, stride_bias, E, K, SCORING, HAS_BIAS,
+            GROUPS, KEPT_GROUPS, GROUP_TOP, BLOCK_G, BLOCK_S, BLOCK_K,
+        )  # fmt: skip
     value = chosen
     if BY_LOGITS and SCORING == "softmax":
         value = tl.exp(chosen - top)

@@ -143,12 +143,15 @@ def test_a_bad_option_is_named(options, message):
         moe_route(torch.ones(3, 8), 3, "softmax", False, **options)
 
 
-def test_ties_and_minus_infinity_choose_distinct_experts():
-    logits = torch.full((2, 6), float("-inf"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_ties_and_minus_infinity_choose_distinct_experts(dtype):
+    logits = torch.full((3, 6), float("-inf"), dtype=dtype)
     logits[0, 2] = 1.0
     logits[1] = 3.0
-    _, ids = moe_route_cuda(logits, 4, "logits", False, wrap=Interpreted)
-    assert ids.tolist() == [[2, 0, 1, 3], [0, 1, 2, 3]]
+    logits[2] = torch.tensor([-2.0, -0.0, 0.0, -1.0, torch.inf, 0.0])
+    weights, ids = moe_route_cuda(logits, 4, "logits", False, wrap=Interpreted)
+    assert ids.tolist() == [[2, 0, 1, 3], [0, 1, 2, 3], [4, 1, 2, 5]]
+    assert torch.equal(weights, logits.gather(1, ids).float())
 
 
 @pytest.mark.parametrize(
