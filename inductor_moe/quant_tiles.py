@@ -54,7 +54,8 @@ class PartsTile:
 class VectorTile:
     """Programs of `warps` warps, in `steps` steps, `ahead` of which are asked for early.
 
-    For one vector and 4 bits without tensor cores: see `inductor_moe.kernels.quant_vector`.
+    For vectors and 4 bits without tensor cores: see `inductor_moe.kernels.quant_vector`. A step of
+    experts' up projections has both halves of an output.
     """
 
     steps: int
@@ -93,6 +94,8 @@ class QuantizedPlan:
 
 
 Layer = QuantizedExperts | QuantizedLinear
+# For a few pairs of tokens and experts: a program's weights are one wave of loads.
+FEW_PAIRS = PartsTile(16, 128, 8, 4, 3)
 MOST_STEPS = 6  # rows whose weights find room beside the inputs, in 128 registers
 
 
@@ -158,10 +161,19 @@ def experts_by_rule(layer: QuantizedExperts, tokens: int, gpu: Gpu) -> Quantized
     pairs = tokens * layer.top_k
     per_expert = pairs / layer.experts
     if pairs <= 128 and per_expert <= 1:
-        parts = PartsTile(16, 128, 8, 4, 3)
-        return QuantizedPlan(0, parts, parts)
+        return QuantizedPlan(0, vector_up_by_rule(layer, gpu) or FEW_PAIRS, FEW_PAIRS)
     block_m, gemm = _gemm_tile(per_expert, gpu)
     return QuantizedPlan(block_m, gemm, gemm)
+
+
+def vector_up_by_rule(layer: QuantizedExperts, gpu: Gpu) -> VectorTile | None:
+    """As many rows for a warp as find room (measured on an H100: 1 to 16 tokens, 128 and 256
+    experts of 2048 inputs; 1 and 4, 64 experts of 1024, 2048 and 4096)."""
+    steps = MOST_STEPS // (2 if layer.gated else 1)
+    tile = VectorTile(steps, steps, max(1, layer.hidden // 2048))
+    rows = layer.inner * (2 if layer.gated else 1)
+    served = tile.split(QuantizedLinear(rows, layer.hidden, layer.bits, layer.group_size))
+    return tile if gpu.capability[0] == 9 and served is not None else None
 
 
 def linear_by_rule(layer: QuantizedLinear, rows: int, gpu: Gpu) -> QuantizedPlan:

@@ -84,6 +84,24 @@ def activate_tile(value, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
 
 
 @triton.jit
+def activate_ungated(up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    if LIMIT > 0:
+        up = tl.minimum(up, LIMIT)
+    return activate_tile(up, ACTIVATION, ALPHA)
+
+
+@triton.jit
+def activate_halves(
+    gate_half, up_half, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, UP_OFFSET: tl.constexpr,
+    LIMIT: tl.constexpr,
+):  # fmt: skip
+    if LIMIT > 0:
+        gate_half = tl.minimum(gate_half, LIMIT)
+        up_half = tl.minimum(tl.maximum(up_half, -LIMIT), LIMIT)
+    return activate_tile(gate_half, ACTIVATION, ALPHA) * (up_half + UP_OFFSET)
+
+
+@triton.jit
 def gated_activation_tile(
     up,  # [ROWS, BLOCK_N] fp32, columns in the order of up_rows
     ROWS: tl.constexpr,
@@ -97,17 +115,12 @@ def gated_activation_tile(
 ):
     """[ROWS, BLOCK_N] -> [ROWS, BLOCK_N], or [ROWS, BLOCK_N / 2] when gated."""
     if GATE == "none":
-        if LIMIT > 0:
-            up = tl.minimum(up, LIMIT)
-        out = activate_tile(up, ACTIVATION, ALPHA)
+        out = activate_ungated(up, ACTIVATION, ALPHA, LIMIT)
     else:
         if GATE == "chunked" and W_INNER == "n":
             halves = tl.permute(tl.reshape(up, (ROWS, 2, BLOCK_N // 2)), (0, 2, 1))
         else:
             halves = tl.reshape(up, (ROWS, BLOCK_N // 2, 2))
         gate_half, up_half = tl.split(halves)
-        if LIMIT > 0:
-            gate_half = tl.minimum(gate_half, LIMIT)
-            up_half = tl.minimum(tl.maximum(up_half, -LIMIT), LIMIT)
-        out = activate_tile(gate_half, ACTIVATION, ALPHA) * (up_half + UP_OFFSET)
+        out = activate_halves(gate_half, up_half, ACTIVATION, ALPHA, UP_OFFSET, LIMIT)
     return out

@@ -95,6 +95,36 @@ def lane_sums(span, inputs, HAS_ZEROS: tl.constexpr):
 
 
 @triton.jit
+def part_inputs(x, r, LANES: tl.constexpr, PARTS: tl.constexpr, SPANS: tl.constexpr):
+    """`lane_inputs` of the parts r [R] of rows, for each span."""
+    lane = tl.arange(0, LANES)
+    # A place for each part, so that loads are laid out like those of the weights.
+    lane_x = lane // 2 * 64 + lane % 2 * WORDS
+    part_x = r % PARTS * (SPANS * LANES * LANE_INPUTS)
+    x_ptrs = x + lane_x[:, None, None] + part_x[None, :, None] + tl.arange(0, WORDS)[None, None, :]
+    inputs = ()
+    for span in tl.static_range(SPANS):
+        loaded = lane_inputs(x_ptrs + span * LANES * LANE_INPUTS)
+        inputs = inputs + (loaded,)  # noqa: RUF005
+    return inputs
+
+
+@triton.jit
+def row_sums(
+    row, inputs, HAS_ZEROS: tl.constexpr, PARTS: tl.constexpr, SPANS: tl.constexpr,
+    R: tl.constexpr,
+):  # fmt: skip
+    """[R / PARTS] fp32: products of rows that `load_rows` has brought."""
+    part = lane_sums(row[0], inputs[0], HAS_ZEROS)
+    for span in tl.static_range(1, SPANS):
+        part += lane_sums(row[span], inputs[span], HAS_ZEROS)
+    y = tl.sum(part, 0)
+    if PARTS > 1:
+        y = tl.sum(tl.reshape(y, (R // PARTS, PARTS)), 1)
+    return y
+
+
+@triton.jit
 def vector_rows(
     first,  # row of the program's first
     x,  # [K]
@@ -117,7 +147,6 @@ def vector_rows(
 ):
     """STEPS * R / PARTS rows of W @ x, where K is PARTS * SPANS * LANES * 32."""
     r = tl.arange(0, R)
-    lane = tl.arange(0, LANES)
     # Rows past the end repeat the last, and are not stored.
     v = first * PARTS + r
     last = (rows_w - 1) * PARTS + r % PARTS
@@ -126,26 +155,14 @@ def vector_rows(
         own = tl.minimum(v + i * R, last)
         loaded = load_rows(w, scales, zeros, own, LANES, SPANS, GROUP, HAS_ZEROS)
         rows = rows + (loaded,)  # noqa: RUF005
-    # A place for each part, so that loads are laid out like those of the weights.
-    lane_x = lane // 2 * 64 + lane % 2 * WORDS
-    part_x = r % PARTS * (SPANS * LANES * LANE_INPUTS)
-    x_ptrs = x + lane_x[:, None, None] + part_x[None, :, None] + tl.arange(0, WORDS)[None, None, :]
-    inputs = ()
-    for span in tl.static_range(SPANS):
-        loaded = lane_inputs(x_ptrs + span * LANES * LANE_INPUTS)
-        inputs = inputs + (loaded,)  # noqa: RUF005
+    inputs = part_inputs(x, r, LANES, PARTS, SPANS)
     n = first + tl.arange(0, R // PARTS)
     for i in tl.static_range(STEPS):
         if i + AHEAD < STEPS:
             own = tl.minimum(v + (i + AHEAD) * R, last)
             loaded = load_rows(w, scales, zeros, own, LANES, SPANS, GROUP, HAS_ZEROS)
             rows = rows + (loaded,)  # noqa: RUF005
-        part = lane_sums(rows[i][0], inputs[0], HAS_ZEROS)
-        for span in tl.static_range(1, SPANS):
-            part += lane_sums(rows[i][span], inputs[span], HAS_ZEROS)
-        y = tl.sum(part, 0)
-        if PARTS > 1:
-            y = tl.sum(tl.reshape(y, (R // PARTS, PARTS)), 1)
+        y = row_sums(rows[i], inputs, HAS_ZEROS, PARTS, SPANS, R)
         if HAS_BIAS:
             value = tl.load(bias + n.to(tl.int64) * stride_b, mask=n < rows_w, other=0.0)
             y += value.to(tl.float32)

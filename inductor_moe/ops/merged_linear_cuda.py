@@ -12,7 +12,8 @@ from inductor_moe.kernels.merged_linear import merged_linear_kernel
 from inductor_moe.kernels.merged_vector import merged_vector_kernel
 from inductor_moe.ops.merged_linear import MEMBERS
 from inductor_moe.ops.moe_cuda import Wrap, _as_is, _inner_contiguous
-from inductor_moe.ops.quant_cuda import _Weight, vector_constants
+from inductor_moe.ops.quant_cuda import _Weight
+from inductor_moe.ops.quant_vector_cuda import vector_constants
 from inductor_moe.quant_tiles import (
     PartsTile,
     QuantizedLinear,

@@ -16,7 +16,6 @@ from inductor_moe.kernels.quant_decode import (
     quantized_down_decode_kernel,
     quantized_up_decode_kernel,
 )
-from inductor_moe.kernels.quant_vector import quantized_vector_kernel
 from inductor_moe.ops.moe_cuda import (
     IDENTITY,
     Activation,
@@ -34,7 +33,9 @@ from inductor_moe.ops.moe_cuda import (
     _tokens,
 )
 from inductor_moe.ops.quant_gemm_cuda import grouped_gemm, linear_gemm
+from inductor_moe.ops.quant_vector_cuda import linear_vector, serves_up, up_vector
 from inductor_moe.quant_tiles import (
+    FEW_PAIRS,
     PartsTile,
     QuantizedExperts,
     QuantizedLinear,
@@ -133,7 +134,7 @@ def quantized_linear_cuda(
     x = _inner_contiguous(x)
     bias_rows = None if bias is None else bias[None]
     if isinstance(plan.up, VectorTile) and isinstance(tokens, int) and tokens == 1:
-        _vector(x, weight, layer, bias, out, plan.up, wrap)
+        linear_vector(x, weight, layer, bias, out, plan.up, wrap)
         return out
     if not plan.block_m:
         _up_decode(x, 1, weight, bias_rows, None, out, IDENTITY, plan.down, wrap)
@@ -285,45 +286,6 @@ def _plan(
     return choose(layer, _tokens(ids, tokens_hint), gpu_of(ids.device.index))
 
 
-def _vector(
-    x: Tensor,
-    weight: _Weight,
-    layer: QuantizedLinear,
-    bias: Tensor | None,
-    out: Tensor,
-    tile: VectorTile,
-    wrap: Wrap,
-) -> None:
-    """x [1, K] times the weight, plus bias [N], into out [1, N]."""
-    constants, block = vector_constants(tile, layer)
-    wrap(quantized_vector_kernel)[(_cdiv(weight.rows, block),)](
-        x, *weight.tensors(), weight.packed if bias is None else bias, out, weight.rows,
-        0 if bias is None else bias.stride(0),
-        HAS_BIAS=bias is not None, HAS_ZEROS=weight.zeros is not None, GROUP=weight.group_size,
-        **constants, num_warps=tile.warps, num_stages=1,
-    )  # fmt: skip
-
-
-def vector_constants(tile: VectorTile, layer: QuantizedLinear) -> tuple[dict[str, int], int]:
-    """The constants of `vector_rows`, and how many rows a program has.
-
-    Raises ValueError for a layer that the tile is not for.
-    """
-    split = tile.split(layer)
-    if split is None:
-        raise ValueError(
-            f"plan.up is {tile}, which is for 4 bits in groups of 64, 128, 256 or 512 and for "
-            f"512, 1024, 2048 or 4096 inputs, a warp for each 2048; got {layer}."
-        )
-    lanes, parts, spans = split
-    at_once = tile.warps * 32 // lanes
-    constants = {
-        "LANES": lanes, "PARTS": parts, "SPANS": spans, "R": at_once,
-        "STEPS": tile.steps, "AHEAD": min(tile.ahead, tile.steps),
-    }  # fmt: skip
-    return constants, tile.steps * at_once // parts
-
-
 def _up_decode(
     rows: Tensor,
     repeat: int,
@@ -336,16 +298,21 @@ def _up_decode(
     wrap: Wrap,
     shared: SharedExpert[_Weight] | None = None,
 ) -> None:
+    gated = epilogue.gate != "none"
+    inner = weight.rows // (2 if gated else 1)
+    own = shared or SharedExpert(weight, weight, weight, None, 0)
+    if isinstance(tile, VectorTile) and ids is not None:
+        if serves_up(tile, weight, bias, inner, own.inner):
+            up_vector(rows, repeat, weight, ids, out, epilogue, tile, wrap, own)
+            return
+        tile = FEW_PAIRS
     assert isinstance(tile, PartsTile)
     step = weight.step(tile)
     k_slice = weight.slice_of(step, tile.parts)
-    gated = epilogue.gate != "none"
     columns = tile.block_n // 2 if gated else tile.block_n
     bias_arg, stride_be, stride_bn = _bias_args(bias, weight.packed)
     id_arg, id_strides = (weight.packed, (0, 0)) if ids is None else (ids, ids.stride())
     tokens, top_k = (rows.shape[0], 1) if ids is None else ids.shape
-    inner = weight.rows // (2 if gated else 1)
-    own = shared or SharedExpert(weight, weight, weight, None, 0)
     slots = _cdiv(own.inner, inner)
     wrap(quantized_up_decode_kernel)[(tokens * (top_k + slots), _cdiv(inner, columns))](
         rows, *weight.tensors(), bias_arg, id_arg, *own.gate.tensors(), *own.up.tensors(), out,

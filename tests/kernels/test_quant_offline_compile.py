@@ -131,6 +131,11 @@ def test_int4_kernels_compile_without_spills(gpu):
     assert compiled(record_linear(SCHEMES["int4"], 1, gpu), gpu)
 
 
+def test_sixteen_warps_of_experts_rows_find_room_on_sm_90():
+    kernels = compiled(record_experts(SCHEMES["int4"], 1, H100), H100)
+    assert registers(kernels["quantized_up_vector_kernel"].asm["cubin"]) <= 128
+
+
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: "sm_{}{}".format(*gpu.capability))
 def test_merged_layers_compile_without_spills(gpu):
     for packed, dense in (((8192, 4096), (32, 32)), ((), (256, 1)), ((512, 512), ())):
