@@ -190,6 +190,25 @@ def test_one_row_by_rule(outputs, inputs, steps):
     assert isinstance(linear_by_rule(fine, 1, hopper).up, PartsTile)
 
 
+@pytest.mark.parametrize(
+    ("rows", "block_m"), [(2, 8), (8, 8), (9, 16), (17, 32), (33, 64), (64, 64), (65, 128)]
+)
+def test_few_rows_fill_a_block_of_a_linear_layer(rows, block_m):
+    layer = QuantizedLinear(12352, 2048, 4, 128)  # its entry of the table is for one row
+    plan = choose_quantized_plan(layer, rows, H100)
+    assert plan.block_m == block_m
+    assert isinstance(choose_quantized_plan(layer, 1, H100).up, VectorTile)
+    narrow = linear_by_rule(dataclasses.replace(layer, outputs=512), rows, H100)
+    assert narrow.up.block_n == 64 and narrow.block_m == block_m
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: "sm_{}{}".format(*gpu.capability))
+@pytest.mark.parametrize("rows", [8, 16, 32, 64])
+def test_few_rows_compile_without_spills(rows, gpu):
+    for scheme in ("int4", "int8"):
+        assert compiled(record_linear(SCHEMES[scheme], rows, gpu), gpu)
+
+
 def registers(cubin: bytes) -> int:
     """Of a thread."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
