@@ -52,6 +52,7 @@ def moe_up_decode_kernel(
     LIMIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     W_INNER: tl.constexpr,
+    ALIGNED: tl.constexpr,  # rows of weights start at multiples of 16 bytes
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -74,6 +75,9 @@ def moe_up_decode_kernel(
         own_gate = shared_gate + row.to(tl.int64) * stride_sg
         own_up = shared_up + row.to(tl.int64) * stride_su
         w_rows = tl.where(routed, w_rows, tl.where(half == 0, own_gate, own_up))
+        if ALIGNED:
+            # Triton 3.8 and later forget it in a choice of pointers.
+            w_rows = tl.multiple_of(w_rows, 16)
         exists = exists & (routed | (row < shared_inner))
     x_row = x + (pair // x_repeat).to(tl.int64) * stride_x
     load_row = (exists & valid)[:, None]

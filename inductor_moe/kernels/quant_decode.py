@@ -116,6 +116,7 @@ def quantized_up_decode_kernel(
     LIMIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
+    ALIGNED: tl.constexpr,  # rows of weights start at multiples of 16 bytes
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN: tl.constexpr,
@@ -153,8 +154,12 @@ def quantized_up_decode_kernel(
         scales = tl.where(routed, scales, tl.where(half == 0, gate_scales, up_scales))
         zeros = tl.where(routed, zeros, tl.where(half == 0, gate_zeros, up_zeros))
         row = tl.where(routed, row, own.to(tl.int64))
+    w_rows = w + row * row_words + k_first // WIDTH
+    if SHARED and ALIGNED:
+        # Triton 3.8 and later forget it in a choice of pointers.
+        w_rows = tl.multiple_of(w_rows, 16)
     product = parts_dot(
-        w + row * row_words + k_first // WIDTH, scales + row * groups + group,
+        w_rows, scales + row * groups + group,
         zeros + row * groups + group, x + (pair // x_repeat).to(tl.int64) * stride_x + x_first,
         k_first, x_first, exists & valid, column < PARTS, k_dim, k_slice, row_words,
         BITS, GROUP, HAS_ZEROS, EVEN, PARTS, BLOCK_N, BLOCK_K,

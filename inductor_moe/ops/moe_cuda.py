@@ -199,6 +199,15 @@ def _inner_dim(weight: Tensor) -> str:
     return "n" if weight.stride(1) == 1 else "strided"
 
 
+def _rows_aligned(*tensors: Tensor) -> bool:
+    """Whether every row starts where a load of 16 bytes may; those that allocate start there."""
+    return all(
+        isinstance(elements, int) and elements * tensor.itemsize % 16 == 0
+        for tensor in tensors
+        for elements in (tensor.storage_offset(), *tensor.stride()[:-1])
+    )
+
+
 def _inner_contiguous(rows: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -250,6 +259,7 @@ def _up_decode(
         own.gate.stride(0), own.up.stride(0),
         TOP_K=top_k, SHARED=slots, **epilogue.constants(),
         HAS_BIAS=bias_up is not None, W_INNER=_inner_dim(w_up),
+        ALIGNED=_rows_aligned(w_up, own.gate, own.up),
         BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, UNROLL=tile.unroll,
         num_warps=tile.warps, num_stages=1,
     )  # fmt: skip

@@ -29,6 +29,7 @@ from inductor_moe.ops.moe_cuda import (
     _input_rows,
     _power_of_two,
     _Routed,
+    _rows_aligned,
     _sort,
     _tokens,
 )
@@ -320,6 +321,7 @@ def _up_decode(
         *weight.sizes(), k_slice, rows.stride(0), stride_be, stride_bn, *id_strides,
         TOP_K=top_k, SHARED=slots, HAS_IDS=ids is not None,
         **epilogue.constants(), HAS_BIAS=bias is not None, **weight.constants(),
+        ALIGNED=_rows_aligned(weight.packed, own.gate.packed, own.up.packed),
         EVEN=inner % columns == 0 and own.inner % inner == 0
         and k_slice * tile.parts == weight.in_features,
         PARTS=tile.parts, BLOCK_N=tile.block_n, BLOCK_K=step,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import Any
 
 import pytest
 import torch
+import triton
 from kernels.test_moe_offline_compile import GPUS, H100, LAYERS, Recorder, compile_all
 from kernels.test_quant_offline_compile import SCHEMES, compiled
+from triton.backends.compiler import GPUTarget
 
+from inductor_moe.ops.moe_cuda import _rows_aligned
 from inductor_moe.ops.shared_cuda import moe_experts_shared_cuda
 from inductor_moe.quant.fit import Scheme, empty
 from inductor_moe.quant_tiles import QuantizedExperts, choose_quantized_plan
@@ -62,6 +66,26 @@ def test_qwen3_5_compiles_without_spills(gpu):
     layer = LAYERS["qwen3_5"][0]
     compile_all(record(layer, 512, 1, gpu, None), gpu)
     assert compiled(record(layer, 512, 1, gpu, SCHEMES["int4"]), gpu)
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: "sm_{}{}".format(*gpu.capability))
+def test_weights_come_in_loads_of_16_bytes(gpu):
+    """Though a program chooses between the weights of routed and of shared experts."""
+    for scheme, scales in ((None, 0), (SCHEMES["int4"], 12)):
+        launches = record(LAYERS["qwen3_5"][0], 512, 4, gpu, scheme)
+        (source, options), *_ = launches.values()
+        target = GPUTarget("cuda", 10 * gpu.capability[0] + gpu.capability[1], 32)
+        kernel = triton.compile(source, target=target, options=options)
+        widths = re.findall(r"ld\.global[.\w:]*\.b(?:8|16|32)\b", kernel.asm["ptx"])
+        narrow = [width for width in widths if ".v4" not in width]
+        assert "_up_" in source.fn.fn.__name__ and len(narrow) <= 2 + scales
+
+
+def test_alignment_of_rows():
+    weight = torch.empty(4 * 64 * 24 + 8, dtype=torch.bfloat16)
+    assert _rows_aligned(weight[:-8].view(4, 64, 24), weight[8:].view(4 * 64, 24))
+    assert not _rows_aligned(weight[4:-4].view(4, 64, 24))
+    assert not _rows_aligned(weight[: 4 * 64 * 20].view(4, 64, 20))
 
 
 @pytest.mark.slow
