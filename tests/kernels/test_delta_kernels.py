@@ -148,6 +148,30 @@ def test_decays_per_channel_on_both_sides_of_the_one_product(decay, size):
         assert error(got, exact) <= 2 * error(other, exact)
 
 
+@pytest.mark.parametrize("size", (1.0, 1e3))
+@pytest.mark.parametrize(
+    "decays",
+    (
+        (2.07,), (4.15,), (8.3, 0.0, 0.0, 8.3), (0.0, 8.3, 8.3, 0.0), (8.3, 0.0, 0.1, 0.1),
+        (0.5, 0.5, 0.5, 0.5, 3.0, 3.0, 3.0, 3.0, 9.0, 9.0, 0.0),
+    ),
+)  # fmt: skip
+def test_decays_per_channel_by_quarters_of_a_chunk(decays, size):
+    """2.08 a token of a chunk of 64, 4.16 of half or 8.32 of a quarter of it decay to 2**-192."""
+    arguments = inputs(200, "channel", dtype=torch.bfloat16, key=32, value=16)
+    arguments["q"] *= size
+    arguments["k"] *= size
+    quarter = torch.arange(200) // 16 % len(decays)
+    arguments["g"] = -torch.tensor(decays)[quarter, None, None] * torch.ones(1, 200, 2, 32)
+    arguments["g"][:, :, 1, ::2] *= 0.1
+    arguments["g"][:, 140::20, 1, 3] = -float("inf")
+    want = reference.delta_rule_recurrent(**widened(arguments))
+    for got, exact, other in zip(
+        chunked("channel")(**arguments), want, low_precision(arguments), strict=True
+    ):
+        assert error(got, exact) <= 2 * error(other, exact)
+
+
 @pytest.mark.parametrize(("key", "value"), ((16, 16), (24, 96), (128, 24), (256, 16), (16, 256)))
 @pytest.mark.parametrize("gate", GATES)
 def test_head_dims(key, value, gate):
@@ -221,6 +245,24 @@ def test_packed_sequences(gate, path):
         want, last = reference.delta_rule_recurrent(**piece)
         assert error(out[:, start:end], want) < 2e-6
         assert error(final[n : n + 1], last) < 2e-6
+
+
+def test_packed_sequences_of_mild_and_strong_decays():
+    ends = [0, 5, 75, 215]
+    arguments = inputs(ends[-1], "channel", dtype=torch.bfloat16, key=32, value=16)
+    arguments["state"] = torch.randn(len(ends) - 1, VALUE_HEADS, 32, 16)
+    arguments["g"] *= torch.tensor([0.5, 3.0, 6.0])[torch.arange(ends[-1]) // 32 % 3, None, None]
+    function = chunked("channel")
+    out, final = function(**arguments, cu_seqlens=torch.tensor(ends, dtype=torch.int32))
+    for n, (start, end) in enumerate(pairwise(ends)):
+        piece = arguments | {
+            name: arguments[name][:, start:end] for name in ("q", "k", "v", "g", "beta")
+        }
+        piece["state"] = arguments["state"][n : n + 1]
+        want = reference.delta_rule_recurrent(**widened(piece))
+        found = (out[:, start:end], final[n : n + 1])
+        for got, exact, other in zip(found, want, low_precision(piece), strict=True):
+            assert error(got, exact) <= 2 * error(other, exact)
 
 
 @pytest.mark.parametrize("tokens", (5, 80))
