@@ -190,7 +190,9 @@ def linear_by_rule(layer: QuantizedLinear, rows: int, gpu: Gpu) -> QuantizedPlan
             few = layer.inputs <= 1024
             parts = PartsTile(32, 128, 4, 4, 3) if few else PartsTile(8, 128, 8, 4, 3)
         return QuantizedPlan(0, vector_by_rule(layer, gpu) or parts, parts)
-    block_m, gemm = _linear_tile(rows, gpu)
+    # Of less than 128 inputs for eight rows a thread has two bytes, which are not copied ahead.
+    least = 8 if step_of(128, layer.bits, layer.group_size) == 128 else 16
+    block_m, gemm = _linear_tile(max(rows, least), gpu)
     programs = math.ceil(layer.outputs / gemm.block_n) * math.ceil(rows / block_m)
     enough = gpu.multiprocessors * (0.5 if rows <= 64 else 2)
     if programs < enough and gemm.block_n > 64:

@@ -200,6 +200,8 @@ def test_few_rows_fill_a_block_of_a_linear_layer(rows, block_m):
     assert isinstance(choose_quantized_plan(layer, 1, H100).up, VectorTile)
     narrow = linear_by_rule(dataclasses.replace(layer, outputs=512), rows, H100)
     assert narrow.up.block_n == 64 and narrow.block_m == block_m
+    fine = linear_by_rule(dataclasses.replace(layer, group_size=64), rows, H100)
+    assert fine.block_m == max(16, block_m)
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: "sm_{}{}".format(*gpu.capability))
