@@ -47,16 +47,21 @@ def check() -> int:
 
     gpu = gpu_of(0)
     for scheme, dtype in schemes.items():
-        layer = QuantizedExperts(4, 12, 320, 192, True, scheme.bits, scheme.group_size)
-        up = random_packed((12, 384, 320), scheme, dtype)
-        down = random_packed((12, 320, 192), scheme, dtype)
-        for tokens in (1, 3, 17, 700):
-            inputs = Experts.draw(layer, up, down, tokens, 1)
-            found = inputs.run(choose_quantized_plan(layer, tokens, gpu))
-            what = f"experts {scheme.describe()} {dtype} T={tokens}"
-            # Four roundings to 16 bits lie between input and output, h among them.
-            judge(what, relative_error(found, inputs.reference()), LIMIT * 1.7)
-        for tokens, outputs, width in ((1, 96, 2048), (1, 200, 328), (33, 200, 328)):
+        # For few tokens on Hopper the second goes without tensor cores.
+        for hidden, inner in ((320, 192), (1024, 256)):
+            layer = QuantizedExperts(4, 12, hidden, inner, True, scheme.bits, scheme.group_size)
+            up = random_packed((12, 2 * inner, hidden), scheme, dtype)
+            down = random_packed((12, hidden, inner), scheme, dtype)
+            for tokens in (1, 3, 17, 700):
+                inputs = Experts.draw(layer, up, down, tokens, 1)
+                found = inputs.run(choose_quantized_plan(layer, tokens, gpu))
+                what = f"experts {hidden}x{inner} {scheme.describe()} {dtype} T={tokens}"
+                # Four roundings to 16 bits lie between input and output, h among them.
+                judge(what, relative_error(found, inputs.reference()), LIMIT * 1.7)
+        for tokens, outputs, width in (
+            (1, 96, 2048), (1, 200, 328), (5, 200, 328), (16, 200, 384), (33, 200, 328),
+            (64, 9216, 512),
+        ):  # fmt: skip
             weight = random_packed((outputs, width), scheme, dtype)
             linear = QuantizedLinear(outputs, width, scheme.bits, scheme.group_size)
             x = torch.randn(tokens, width, device="cuda").to(dtype)
