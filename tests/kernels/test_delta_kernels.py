@@ -130,6 +130,17 @@ def test_chunks_in_low_precision(dtype, gate, eps):
         assert error(got, exact) <= 2 * error(other, exact)
 
 
+def assert_as_exact(got, want, other):
+    """Outputs and states at most twice as far off as another's in low precision.
+
+    A state may be a single product in the end, whose roundings can cancel by chance in the other:
+    four of them are allowed, of the key, of what is written, and of two factors before.
+    """
+    for name, ours, exact, theirs in zip(("out", "state"), got, want, other, strict=True):
+        least = 4 * 2**-9 if name == "state" else 0.0
+        assert error(ours, exact) <= max(2 * error(theirs, exact), least), name
+
+
 @pytest.mark.parametrize(
     ("decay", "size"),
     [(decay, 1.0) for decay in (0.0, 0.05, 1.0, 2.0, 2.4, 6.0, 30.0)] + [(1.8, 1e-3), (1.8, 1e3)],
@@ -142,10 +153,7 @@ def test_decays_per_channel_on_both_sides_of_the_one_product(decay, size):
     arguments["g"] = -decay * (1 + 0.2 * torch.randn_like(arguments["g"])).abs()
     arguments["g"][:, 64:128] *= 0.1
     want = reference.delta_rule_recurrent(**widened(arguments))
-    for got, exact, other in zip(
-        chunked("channel")(**arguments), want, low_precision(arguments), strict=True
-    ):
-        assert error(got, exact) <= 2 * error(other, exact)
+    assert_as_exact(chunked("channel")(**arguments), want, low_precision(arguments))
 
 
 @pytest.mark.parametrize("size", (1.0, 1e3))
@@ -166,10 +174,7 @@ def test_decays_per_channel_by_quarters_of_a_chunk(decays, size):
     arguments["g"][:, :, 1, ::2] *= 0.1
     arguments["g"][:, 140::20, 1, 3] = -float("inf")
     want = reference.delta_rule_recurrent(**widened(arguments))
-    for got, exact, other in zip(
-        chunked("channel")(**arguments), want, low_precision(arguments), strict=True
-    ):
-        assert error(got, exact) <= 2 * error(other, exact)
+    assert_as_exact(chunked("channel")(**arguments), want, low_precision(arguments))
 
 
 @pytest.mark.parametrize(("key", "value"), ((16, 16), (24, 96), (128, 24), (256, 16), (16, 256)))
