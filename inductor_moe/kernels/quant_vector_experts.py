@@ -96,33 +96,29 @@ def quantized_up_vector_kernel(
     first = tl.program_id(1) * (STEPS * AT_ONCE)
     gates = ()
     ups = ()
-    # Outputs past the end repeat the last, and are not stored.
-    for i in tl.static_range(AHEAD):
-        v = tl.minimum(first + i * AT_ONCE + r // PARTS, inner - 1) * apart * PARTS + r % PARTS
-        part = load_rows(u, u_scales, u_zeros, v, LANES, SPANS, GROUP, HAS_ZEROS)
-        ups = ups + (part,)  # noqa: RUF005
-        if GATE != "none":
-            part = load_rows(g, g_scales, g_zeros, v, LANES, SPANS, GROUP, HAS_ZEROS)
-            gates = gates + (part,)  # noqa: RUF005
-    x += (pair // x_repeat).to(tl.int64) * stride_x
-    inputs = part_inputs(x, r, LANES, PARTS, SPANS)
-    n = first + tl.arange(0, AT_ONCE)
-    h += token.to(tl.int64) * SLOTS * inner + slot * inner
-    for i in tl.static_range(STEPS):
-        if i + AHEAD < STEPS:
-            v = tl.minimum(first + (i + AHEAD) * AT_ONCE + r // PARTS, inner - 1) * apart * PARTS
-            v += r % PARTS
+    for i in tl.static_range(STEPS + AHEAD):
+        if i == AHEAD:
+            x += (pair // x_repeat).to(tl.int64) * stride_x
+            inputs = part_inputs(x, r, LANES, PARTS, SPANS)
+            n = first + tl.arange(0, AT_ONCE)
+            h += token.to(tl.int64) * SLOTS * inner + slot * inner
+        if i < STEPS:
+            # Outputs past the end repeat the last, and are not stored.
+            v = tl.minimum(first + i * AT_ONCE + r // PARTS, inner - 1) * apart * PARTS + r % PARTS
             part = load_rows(u, u_scales, u_zeros, v, LANES, SPANS, GROUP, HAS_ZEROS)
             ups = ups + (part,)  # noqa: RUF005
             if GATE != "none":
                 part = load_rows(g, g_scales, g_zeros, v, LANES, SPANS, GROUP, HAS_ZEROS)
                 gates = gates + (part,)  # noqa: RUF005
-        # What was multiplied for a skipped pair may be anything.
-        up = tl.where(valid, row_sums(ups[i], inputs, HAS_ZEROS, PARTS, SPANS, R), 0.0)
-        if GATE == "none":
-            out = activate_ungated(up, ACTIVATION, ALPHA, LIMIT)
-        else:
-            gate = tl.where(valid, row_sums(gates[i], inputs, HAS_ZEROS, PARTS, SPANS, R), 0.0)
-            out = activate_halves(gate, up, ACTIVATION, ALPHA, UP_OFFSET, LIMIT)
-        tl.store(h + n, out.to(h.dtype.element_ty), mask=n < inner)
-        n += AT_ONCE
+        if i >= AHEAD:
+            # What was multiplied for a skipped pair may be anything.
+            up = row_sums(ups[i - AHEAD], inputs, HAS_ZEROS, PARTS, SPANS, R)
+            up = tl.where(valid, up, 0.0)
+            if GATE == "none":
+                out = activate_ungated(up, ACTIVATION, ALPHA, LIMIT)
+            else:
+                gate = row_sums(gates[i - AHEAD], inputs, HAS_ZEROS, PARTS, SPANS, R)
+                gate = tl.where(valid, gate, 0.0)
+                out = activate_halves(gate, up, ACTIVATION, ALPHA, UP_OFFSET, LIMIT)
+            tl.store(h + n, out.to(h.dtype.element_ty), mask=n < inner)
+            n += AT_ONCE
