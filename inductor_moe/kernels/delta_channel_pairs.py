@@ -4,8 +4,8 @@ exp(G_i - G_j) factors into a row and a column part only around a border between
 parts may overflow. So the pairs of a chunk are taken by the size s of the aligned blocks that
 separate them: i in a right, j in a left block of size s. Then exp(sum of g from the border to i)
 and exp(sum from j to the border) are at most one, and each s is one masked product. In bf16, with
-fp32's range, one product is enough for a chunk that decays to no less than 2**-192 in any channel,
-as those of trained models mostly do.
+fp32's range, one product around the middle is enough for channels that decay to no less than
+2**-192 in a chunk, and one for each half of the rows for those that do so in half a chunk.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton.language as tl
 
 from inductor_moe.kernels.delta_chunk import binary_decay, corners
 
-MILDEST = tl.constexpr(-192.0)  # log2 of the decay that one product still bears
+MILDEST = tl.constexpr(-192.0)  # log2 of the decay that one middle still bears
 
 
 @triton.jit
@@ -123,13 +123,42 @@ def strong_decays(
 
 
 @triton.jit
+def add_halves(
+    kk, qk, key, query, sums, before, after,
+    C: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the products of all pairs, around the middle of the half that the row is in.
+
+    sums [C, K] are decays from the chunk's middle, before and after [K] half of its halves'.
+    """
+    row = tl.arange(0, C)
+    right = (row >= C // 2)[:, None]
+    sums += tl.where(right, -before[None, :], after[None, :])
+    near = tl.exp2(sums)
+    far_key = key * tl.exp2(-sums)
+    rows = tl.where(right, 0.0, near)
+    turned = tl.trans(far_key.to(DTYPE))
+    kk = tl.dot((key * rows).to(DTYPE), turned, kk, input_precision=PRECISION)
+    qk = tl.dot((query * rows).to(DTYPE), turned, qk, input_precision=PRECISION)
+    rows = tl.where(right, near, 0.0)
+    # by two factors: that of both halves can underflow, beside columns that are as large
+    across = far_key * tl.exp2(before)[None, :] * tl.exp2(after)[None, :]
+    turned = tl.trans(tl.where(right, far_key, across).to(DTYPE))
+    kk = tl.dot((key * rows).to(DTYPE), turned, kk, input_precision=PRECISION)
+    qk = tl.dot((query * rows).to(DTYPE), turned, qk, input_precision=PRECISION)
+    return kk, qk
+
+
+@triton.jit
 def mild_decays(
     q, k, g, q_t, k_t, g_t, q_read, k_read, k_write, whole, inside,
     K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As strong_decays with WIDE_RANGE, and the least of the channels' decays, which comes last.
+    """As strong_decays with WIDE_RANGE, and the least decay of half a chunk, which comes last.
 
-    Where that is below MILDEST the rest means nothing, as do the products above the diagonal.
+    BLOCK_K channels of which one decays to less than MILDEST in the chunk take a product for each
+    half's rows. Where one does so in half a chunk, the rest means nothing, as do the products
+    above the diagonal anywhere.
     """
     DTYPE: tl.constexpr = q_read.dtype.element_ty
     row = tl.arange(0, C)
@@ -137,7 +166,7 @@ def mild_decays(
     qk = tl.zeros([C, C], tl.float32)
     queries = tl.zeros([C], tl.float32)
     keys = tl.zeros([C], tl.float32)
-    least = tl.zeros([BLOCK_K], tl.float32)
+    least = 0.0
     # the decay up to a row, less half of the chunk's
     from_middle = tl.where(row[:, None] >= row[None, :], 0.5, -0.5).to(tl.float16)
     for block in range(0, K, BLOCK_K):
@@ -155,18 +184,27 @@ def mild_decays(
         queries += tl.sum(query * query, 1)
         keys += tl.sum(key * key, 1)
         # of the rounded decays, as the rows' are, or the last rows' factors would not be one
-        total = tl.sum(decay.to(tl.float32), 0)
-        least = tl.minimum(least, total)
-        tl.store(whole + dk, tl.exp2(total * 0.5), mask=dk < K)
+        total = tl.sum(decay.to(tl.float32), 0) * 0.5
+        middle = tl.maximum(total, MILDEST * 0.5)
+        tl.store(whole + dk, tl.exp2(middle), mask=dk < K)
         sums = tl.dot(from_middle, decay)
-        near = tl.exp2(sums)
-        far_key = (key * tl.exp2(-sums)).to(DTYPE)
+        mild = tl.min(total) >= MILDEST * 0.5
+        if not mild:
+            right = (row >= C // 2)[:, None]
+            after = tl.sum(tl.where(right, decay.to(tl.float32), 0.0), 0) * 0.5
+            before = total - after
+            least = tl.minimum(least, tl.min(tl.minimum(before, after)) * 2)
+            kk, qk = add_halves(kk, qk, key, query, sums, before, after, C, DTYPE, PRECISION)
+        beyond = (total - middle)[None, :]
+        far_key = (key * tl.exp2(beyond - sums)).to(DTYPE)
+        near = tl.exp2(beyond + sums)
         near_key = (key * near).to(DTYPE)
         near_query = (query * near).to(DTYPE)
-        turned = tl.trans(far_key)
-        kk = tl.dot(near_key, turned, kk, input_precision=PRECISION)
-        qk = tl.dot(near_query, turned, qk, input_precision=PRECISION)
+        if mild:
+            turned = tl.trans(far_key)
+            kk = tl.dot(near_key, turned, kk, input_precision=PRECISION)
+            qk = tl.dot(near_query, turned, qk, input_precision=PRECISION)
         tl.store(k_write + cell, far_key, mask=mask)
         tl.store(k_read + cell, near_key, mask=mask)
         tl.store(q_read + cell, near_query, mask=mask)
-    return kk, qk, queries, keys, tl.min(least)
+    return kk, qk, queries, keys, least

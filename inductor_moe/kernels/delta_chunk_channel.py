@@ -48,7 +48,7 @@ def delta_channel_intra_kernel(
     q_read, k_read, k_write,  # [B, HV, T, K]: q, k decayed from the start, k to the end
     whole,                  # [B, HV, slots, K] fp32: decay of the whole chunk
     rows,                   # [2, B, HV, T] fp32: factors that q and k still need, q's with SCALE
-    least,                  # [B, HV, slots] fp32: log decay of the channel that decays most
+    least,                  # [B, HV, slots] fp32: least log2 decay of half a chunk in a channel
     cu_seqlens,             # [N + 1] with VARLEN
     levels, sequences, tokens, slots, value_heads, rows_kind,
     SCALE: tl.constexpr, EPS: tl.constexpr,
@@ -226,7 +226,7 @@ def channel_intra_tile(
     key_width: int, dtype: torch.dtype, device: torch.device, strong: bool = True
 ) -> Tile:
     hopper = limits(device).capability >= 90
-    block_k = 16 if dtype.itemsize > 2 else 64 if hopper and not strong else 32
+    block_k = 32 if dtype.itemsize == 2 and (hopper or strong) else 16
     return Tile(min(padded(key_width), block_k), 0, 8 if strong else 4)
 
 
