@@ -24,16 +24,17 @@ SORT = (
     "moe_sort_by_rank_kernel (many pairs: moe_sort_count_kernel, moe_sort_scan_kernel, "
     "moe_sort_blocks_kernel, moe_sort_place_kernel)"
 )
-# The Triton kernels of each op by regime, most of them chosen by the tile table of the GPU.
+UP = "quantized_up_decode_kernel (int4 on Hopper: quantized_up_vector_kernel)"
+DOWN = "quantized_down_decode_kernel (int4 on Hopper, one token: quantized_down_vector_kernel)"
 INT8 = "int8 activations: quantize_activations_kernel and"
+# The Triton kernels of each op by regime, most of them chosen by the tile table of the GPU.
 KERNELS = {
     "moe_experts": f"few tokens: {FEW}; more: {SORT}, moe_grouped_gemm_kernel twice, "
     "moe_combine_kernel",
     "moe_up": f"few tokens: moe_up_decode_kernel; more: {SORT}, moe_grouped_gemm_kernel",
     "moe_down_combine": f"few tokens: moe_down_decode_kernel; more: {SORT}, "
     "moe_grouped_gemm_kernel, moe_combine_kernel",
-    "moe_experts_shared": f"{FEW} (packed weights: quantized_up_decode_kernel, "
-    "quantized_down_decode_kernel)",
+    "moe_experts_shared": f"{FEW}; packed weights: {UP}, {DOWN}",
     "moe_route": "moe_route_kernel",
     "moe_router": "moe_router_kernel",
     "norm_rope": "norm_rope_kernel",
@@ -46,12 +47,12 @@ KERNELS = {
     "quantized_linear": "one token: quantized_vector_kernel, quantized_up_decode_kernel; more: "
     f"quantized_linear_kernel ({INT8} int8_linear_kernel)",
     "merged_linear": "one token: merged_vector_kernel; more: merged_linear_kernel",
-    "moe_experts_quantized": "few tokens: quantized_up_decode_kernel, "
-    f"quantized_down_decode_kernel; more: {SORT}, moe_quantized_gemm_kernel twice "
+    "moe_experts_quantized": f"few tokens: {UP}, {DOWN}; more: {SORT}, "
+    "moe_quantized_gemm_kernel twice "
     f"({INT8} moe_int8_gemm_kernel), moe_combine_kernel",
-    "moe_up_quantized": f"few tokens: quantized_up_decode_kernel; more: {SORT}, "
+    "moe_up_quantized": f"few tokens: {UP}; more: {SORT}, "
     f"moe_quantized_gemm_kernel ({INT8} moe_int8_gemm_kernel)",
-    "moe_down_combine_quantized": f"few tokens: quantized_down_decode_kernel; more: {SORT}, "
+    "moe_down_combine_quantized": f"few tokens: {DOWN}; more: {SORT}, "
     f"moe_quantized_gemm_kernel ({INT8} moe_int8_gemm_kernel), moe_combine_kernel",
 }
 # Tensors of an op on pairs that are read whatever the choice; the others have a row an expert.

@@ -54,8 +54,9 @@ class PartsTile:
 class VectorTile:
     """Programs of `warps` warps, in `steps` steps, `ahead` of which are asked for early.
 
-    For vectors and 4 bits without tensor cores: see `inductor_moe.kernels.quant_vector`. A step of
-    experts' up projections has both halves of an output.
+    For vectors and 4 bits without tensor cores: see `inductor_moe.kernels.quant_vector`. For
+    experts' up projections a step has both halves of an output; for their down projections, a
+    program has all experts of a token, and asks for all steps at once.
     """
 
     steps: int
@@ -71,6 +72,13 @@ class VectorTile:
         lanes = min(32, k // 32)
         return (lanes, parts, k // (32 * lanes * parts)) if parts <= self.warps else None
 
+    @staticmethod
+    def down_lanes(inner: int, bits: int, group_size: int) -> int | None:
+        """Lanes of a row of a down projection; None if the kernel is not for it."""
+        if bits != 4 or inner not in (256, 512, 1024):
+            return None
+        return inner // 32 if group_size in (64, 128, 256, 512) and group_size <= inner else None
+
 
 @dataclass(frozen=True)
 class QuantizedPlan:
@@ -81,7 +89,7 @@ class QuantizedPlan:
 
     block_m: int
     up: PartsTile | GemmTile | VectorTile
-    down: PartsTile | GemmTile
+    down: PartsTile | GemmTile | VectorTile
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -89,8 +97,11 @@ class QuantizedPlan:
     @staticmethod
     def from_json(value: dict[str, Any]) -> QuantizedPlan:
         tile = GemmTile if value["block_m"] else PartsTile
-        up = VectorTile if "ahead" in value["up"] else tile
-        return QuantizedPlan(value["block_m"], up(**value["up"]), tile(**value["down"]))
+        up, down = (
+            (VectorTile if "ahead" in side else tile)(**side)
+            for side in (value["up"], value["down"])
+        )
+        return QuantizedPlan(value["block_m"], up, down)
 
 
 Layer = QuantizedExperts | QuantizedLinear
@@ -103,7 +114,7 @@ def choose_quantized_plan(layer: Layer, rows: int, gpu: Gpu | None) -> Quantized
     """The plan for `rows` tokens, from the GPU's table if it holds this layer."""
     gpu = gpu or generic_gpu((8, 0))
     plans = dict(load_quantized_table(gpu.name).get(layer, {}))
-    if isinstance(layer, QuantizedLinear) and rows > 1:
+    if rows > 1:
         plans.pop(1, None)  # it may read the weights for each row
     if plans:
         distance, nearest = min((abs(math.log2(max(rows, 1) / m)), m) for m in plans)
@@ -163,19 +174,31 @@ def experts_by_rule(layer: QuantizedExperts, tokens: int, gpu: Gpu) -> Quantized
     pairs = tokens * layer.top_k
     per_expert = pairs / layer.experts
     if pairs <= 128 and per_expert <= 1:
-        return QuantizedPlan(0, vector_up_by_rule(layer, gpu) or FEW_PAIRS, FEW_PAIRS)
+        return QuantizedPlan(0, *vector_experts_by_rule(layer, tokens, gpu))
     block_m, gemm = _gemm_tile(per_expert, gpu)
     return QuantizedPlan(block_m, gemm, gemm)
 
 
-def vector_up_by_rule(layer: QuantizedExperts, gpu: Gpu) -> VectorTile | None:
-    """As many rows for a warp as find room (measured on an H100: 1 to 16 tokens, 128 and 256
-    experts of 2048 inputs; 1 and 4, 64 experts of 1024, 2048 and 4096)."""
+def vector_experts_by_rule(
+    layer: QuantizedExperts, tokens: int, gpu: Gpu
+) -> tuple[PartsTile | VectorTile, PartsTile | VectorTile]:
+    """Up: as many rows for a warp as find room (measured on an H100: 1 to 16 tokens, 128 and 256
+    experts of 2048 inputs; 1 and 4, 64 experts of 1024, 2048 and 4096). Down: one token (256, 512
+    and 1024 inputs), in as many programs as there are multiprocessors at least."""
+    up: PartsTile | VectorTile = FEW_PAIRS
+    down: PartsTile | VectorTile = FEW_PAIRS
+    if gpu.capability[0] != 9:
+        return up, down
+    rows = layer.inner * (2 if layer.gated else 1)
     steps = MOST_STEPS // (2 if layer.gated else 1)
     tile = VectorTile(steps, steps, max(1, layer.hidden // 2048))
-    rows = layer.inner * (2 if layer.gated else 1)
-    served = tile.split(QuantizedLinear(rows, layer.hidden, layer.bits, layer.group_size))
-    return tile if gpu.capability[0] == 9 and served is not None else None
+    if tile.split(QuantizedLinear(rows, layer.hidden, layer.bits, layer.group_size)) is not None:
+        up = tile
+    lanes = VectorTile.down_lanes(layer.inner, layer.bits, layer.group_size)
+    if tokens == 1 and lanes is not None:
+        steps = 4 if layer.hidden * lanes >= 4 * 32 * gpu.multiprocessors else 2
+        down = VectorTile(steps, steps, 4 if layer.inner == 512 else 8)
+    return up, down
 
 
 def linear_by_rule(layer: QuantizedLinear, rows: int, gpu: Gpu) -> QuantizedPlan:

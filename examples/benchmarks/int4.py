@@ -271,7 +271,10 @@ def heights(tokens: int) -> list[int]:
 
 
 def tiles_of(block_m: int) -> list[Any]:
-    return list(gemm_tiles(block_m) if block_m else parts_tiles())
+    if block_m:
+        return list(gemm_tiles(block_m))
+    vectors = ((2, 1), (3, 1), (4, 1), (4, 4), (4, 8), (2, 8), (8, 8))
+    return [*parts_tiles(), *(VectorTile(steps, steps, warps) for steps, warps in vectors)]
 
 
 class CompileOnly:

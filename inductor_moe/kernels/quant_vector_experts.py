@@ -10,6 +10,7 @@ from inductor_moe.kernels.moe_activation import activate_halves, activate_ungate
 from inductor_moe.kernels.quant_vector import (
     LANE_INPUTS,
     WORDS,
+    code_floats,
     load_rows,
     part_inputs,
     row_sums,
@@ -122,3 +123,139 @@ def quantized_up_vector_kernel(
                 out = activate_halves(gate, up, ACTIVATION, ALPHA, UP_OFFSET, LIMIT)
             tl.store(h + n, out.to(h.dtype.element_ty), mask=n < inner)
             n += AT_ONCE
+
+
+@triton.jit
+def load_slots(
+    w, scales, zeros, row, mask, word, group,
+    ROW_WORDS: tl.constexpr, ROW_GROUPS: tl.constexpr, HAS_ZEROS: tl.constexpr,
+):  # fmt: skip
+    """Words [ROWS, WORDS], scales and zero points [ROWS] of rows, zeros where the mask is not."""
+    words = tl.load(
+        (w + row * ROW_WORDS)[:, None] + word, mask=mask[:, None], other=0,
+        eviction_policy="evict_first",
+    )  # fmt: skip
+    place = row * ROW_GROUPS + group
+    scale = tl.load(scales + place, mask=mask, other=0.0)
+    zero = tl.load(zeros + place, mask=mask, other=0.0) if HAS_ZEROS else scale
+    return words, scale, zero
+
+
+@triton.jit
+def quantized_down_vector_kernel(
+    h,  # [T, TOP_K + SHARED, K], each K contiguous
+    w,  # [E, H, K / 4] packed
+    scales,  # [E, H, K / GROUP]
+    zeros,  # [E, H, K / GROUP], if HAS_ZEROS
+    ids,  # [T, TOP_K]
+    weights,  # [T, TOP_K], if HAS_WEIGHTS
+    down_w,  # [H, SHARED * K / 4] packed, the shared expert's, if SHARED
+    down_scales,  # [H, SHARED * K / GROUP]
+    down_zeros,
+    logits,  # [T, 1], if HAS_LOGITS: the shared expert is scaled by their sigmoid
+    y,  # [T, H] contiguous, written
+    experts,
+    hidden,
+    stride_ht,
+    stride_hk,
+    stride_it,
+    stride_ik,
+    stride_st,
+    stride_sk,
+    stride_lt,
+    TOP_K: tl.constexpr,
+    SHARED: tl.constexpr,
+    SLOTS: tl.constexpr,  # a power of two from TOP_K + SHARED on
+    HAS_LOGITS: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    GROUP: tl.constexpr,  # a power of two from 64 to K
+    LANES: tl.constexpr,  # of a row: K / 32
+    SIDE: tl.constexpr,  # rows beside each other in a warp: 32 / LANES
+    STEPS: tl.constexpr,  # 2**LEVELS
+    LEVELS: tl.constexpr,
+):
+    """A program for STEPS * SIDE outputs of one token.
+
+    A tensor has a row for each lane, of each output beside it, of each slot: warps share the
+    slots. With two dims there is one way to lay it out.
+    """
+    wait_for_inputs()
+    ROW_WORDS: tl.constexpr = LANES * WORDS
+    ROW_GROUPS: tl.constexpr = LANES * LANE_INPUTS // GROUP
+    token = tl.program_id(0)
+    r = tl.arange(0, SLOTS * SIDE * LANES)
+    lane = r % LANES
+    slot = r // (SIDE * LANES)
+    routed = slot < TOP_K
+    loaded = tl.load(ids + token * stride_it + slot * stride_ik, mask=routed, other=-1)
+    used = routed & (loaded >= 0) & (loaded < experts)
+    expert_row = tl.where(used, loaded, 0).to(tl.int64) * hidden
+    own = (slot >= TOP_K) & (slot < TOP_K + SHARED)
+    word = lane[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    group = lane // 2 * 64 // GROUP
+    first = tl.program_id(1) * (STEPS * SIDE)
+    side = r // LANES % SIDE
+    steps = ()
+    for i in tl.static_range(STEPS):
+        # Rows past the end repeat the last, and are not stored.
+        row = tl.minimum(first + i * SIDE + side, hidden - 1).to(tl.int64)
+        loaded = load_slots(
+            w, scales, zeros, row + expert_row, used, word, group,
+            ROW_WORDS, ROW_GROUPS, HAS_ZEROS,
+        )  # fmt: skip
+        words, scale, zero = loaded
+        if SHARED:
+            # Not one load with a choice of pointers: newer Tritons then forget their alignment.
+            words_s, scale_s, zero_s = load_slots(
+                down_w, down_scales, down_zeros, row * SHARED + (slot - TOP_K), own, word, group,
+                ROW_WORDS, ROW_GROUPS, HAS_ZEROS,
+            )  # fmt: skip
+            words |= words_s
+            scale += scale_s
+            zero += zero_s
+        steps = steps + ((words, scale, zero),)  # noqa: RUF005
+
+    if SHARED:
+        used |= own
+    # Of skipped pairs h may be anything.
+    x_ptrs = h + token.to(tl.int64) * stride_ht + slot * stride_hk
+    x_ptrs = (x_ptrs + lane // 2 * 64 + lane % 2 * WORDS)[:, None] + tl.arange(0, WORDS)[None, :]
+    x0 = tl.load(x_ptrs, mask=used[:, None], other=0.0).to(tl.float32)
+    x1 = tl.load(x_ptrs + 16, mask=used[:, None], other=0.0).to(tl.float32)
+    x2 = tl.load(x_ptrs + 32, mask=used[:, None], other=0.0).to(tl.float32)
+    x3 = tl.load(x_ptrs + 48, mask=used[:, None], other=0.0).to(tl.float32)
+    even = tl.sum(x0 + x2, 1)
+    odd = tl.sum(x1 + x3, 1)
+    offset = 256.0 * even + 16.0 * odd
+    factor = tl.where(used, 1.0, 0.0)
+    if HAS_WEIGHTS:
+        loaded = tl.load(
+            weights + token * stride_st + slot * stride_sk, mask=used & routed, other=0.0
+        )
+        factor = tl.where(routed, loaded.to(tl.float32), factor)
+    if HAS_LOGITS:
+        logit = tl.load(logits + token * stride_lt).to(tl.float32)
+        factor = tl.where(routed, factor, factor * tl.sigmoid(logit))
+    outs = ()
+    for i in tl.static_range(STEPS):
+        words, scale, zero = steps[i]
+        part = code_floats(words, 0) * x0
+        part += code_floats(words, 1) * x1
+        part += code_floats(words, 2) * x2
+        part += code_floats(words, 3) * x3
+        center = zero.to(tl.float32) if HAS_ZEROS else 8.0
+        part = tl.sum(part, 1) - (offset + center * (even + odd))
+        part *= scale.to(tl.float32) * factor
+        part = tl.sum(tl.reshape(part, (SLOTS, SIDE, LANES)), 2)
+        outs = outs + (part,)  # noqa: RUF005
+    # The warps meet once, for all steps.
+    for level in tl.static_range(LEVELS):
+        halves = ()
+        for i in tl.static_range(STEPS >> (level + 1)):
+            halves = halves + (tl.join(outs[i], outs[i + (STEPS >> (level + 1))]),)  # noqa: RUF005
+        outs = halves
+    out = tl.reshape(tl.sum(outs[0], 0), (SIDE, STEPS))
+    n = first + tl.arange(0, SIDE)[:, None] + tl.arange(0, STEPS)[None, :] * SIDE
+    y_ptrs = y + token.to(tl.int64) * hidden + n
+    tl.store(y_ptrs, out.to(y.dtype.element_ty), mask=n < hidden)

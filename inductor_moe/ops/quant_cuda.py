@@ -34,7 +34,13 @@ from inductor_moe.ops.moe_cuda import (
     _tokens,
 )
 from inductor_moe.ops.quant_gemm_cuda import grouped_gemm, linear_gemm
-from inductor_moe.ops.quant_vector_cuda import linear_vector, serves_up, up_vector
+from inductor_moe.ops.quant_vector_cuda import (
+    down_vector,
+    linear_vector,
+    serves_down,
+    serves_up,
+    up_vector,
+)
 from inductor_moe.quant_tiles import (
     FEW_PAIRS,
     PartsTile,
@@ -340,23 +346,28 @@ def _down_decode(
     wrap: Wrap,
     shared: SharedExpert[_Weight] | None = None,
 ) -> Tensor:
-    assert isinstance(tile, PartsTile)
     tokens, top_k = ids.shape
+    y = torch.empty((tokens, weight.rows), dtype=out_dtype, device=h.device)
+    own = shared or SharedExpert(weight, weight, weight, None, 0)
+    # h is [T * K, I], or [T, K * I + the shared inner].
+    pair = (
+        (top_k * h.stride(0), h.stride(0)) if shared is None else (h.stride(0), weight.in_features)
+    )
+    if isinstance(tile, VectorTile):
+        if serves_down(weight, bias, top_k, own.inner):
+            down_vector(h, pair, weight, ids, weights, y, tile, wrap, own)
+            return y
+        tile = FEW_PAIRS
+    assert isinstance(tile, PartsTile)
     slots = min(tile.parts, _power_of_two(top_k))
     splits = tile.parts // slots
     step = weight.step(tile)
     k_slice = weight.slice_of(step, splits)
     hidden = weight.rows
-    y = torch.empty((tokens, hidden), dtype=out_dtype, device=h.device)
     bias_arg, stride_be, stride_bh = _bias_args(bias, weight.packed)
     scale, stride_st, stride_sk = _bias_args(weights, weight.packed)
-    own = shared or SharedExpert(weight, weight, weight, None, 0)
     own_step, own_slice = own.down.short_slices(step, tile.parts)
     logits, stride_lt, _ = _bias_args(own.logits, weight.packed)
-    # h is [T * K, I], or [T, K * I + the shared inner].
-    pair = (
-        (top_k * h.stride(0), h.stride(0)) if shared is None else (h.stride(0), weight.in_features)
-    )
     wrap(quantized_down_decode_kernel)[(tokens, _cdiv(hidden, tile.block_n))](
         h, *weight.tensors(), bias_arg, ids, scale, *own.down.tensors(), logits, y,
         weight.experts, weight.in_features, hidden, *weight.sizes(), k_slice,

@@ -8,18 +8,23 @@ from torch import Tensor
 
 from inductor_moe.kernels.quant_vector import quantized_vector_kernel
 from inductor_moe.kernels.quant_vector_experts import (
+    quantized_down_vector_kernel,
     quantized_up_vector_kernel,
 )
 from inductor_moe.ops.moe_cuda import (
     Activation,
     SharedExpert,
     Wrap,
+    _bias_args,
     _cdiv,
+    _power_of_two,
 )
 from inductor_moe.quant_tiles import QuantizedLinear, VectorTile
 
 if TYPE_CHECKING:
     from inductor_moe.ops.quant_cuda import _Weight
+
+MOST_SLOTS = 32  # experts of a token that a program holds at once
 
 
 def vector_constants(tile: VectorTile, layer: QuantizedLinear) -> tuple[dict[str, int], int]:
@@ -89,6 +94,43 @@ def up_vector(
         repeat, weight.experts, inner, rows.stride(0), *ids.stride(),
         TOP_K=top_k, SHARED=slots, **epilogue.constants(),
         HAS_ZEROS=weight.zeros is not None, GROUP=weight.group_size, **constants,
+        num_warps=tile.warps, num_stages=1,
+    )  # fmt: skip
+
+
+def serves_down(weight: _Weight, bias: Tensor | None, top_k: int, own_inner: int) -> bool:
+    """Whether `down_vector` computes this down projection."""
+    inner = weight.in_features
+    lanes = VectorTile.down_lanes(inner, weight.bits, weight.group_size)
+    slots = top_k + own_inner // inner
+    return bias is None and lanes is not None and own_inner % inner == 0 and slots <= MOST_SLOTS
+
+
+def down_vector(
+    h: Tensor,
+    strides: tuple[int, int],
+    weight: _Weight,
+    ids: Tensor,
+    weights: Tensor | None,
+    y: Tensor,
+    tile: VectorTile,
+    wrap: Wrap,
+    own: SharedExpert[_Weight],
+) -> None:
+    """h, tokens and slots `strides` apart, times the down weights of the experts, into y."""
+    tokens, top_k = ids.shape
+    lanes = weight.in_features // 32
+    slots = own.inner // weight.in_features
+    scale, stride_st, stride_sk = _bias_args(weights, weight.packed)
+    logits, stride_lt, _ = _bias_args(own.logits, weight.packed)
+    block = tile.steps * (32 // lanes)
+    wrap(quantized_down_vector_kernel)[(tokens, _cdiv(weight.rows, block))](
+        h, *weight.tensors(), ids, scale, *own.down.tensors(), logits, y,
+        weight.experts, weight.rows, *strides, *ids.stride(), stride_st, stride_sk, stride_lt,
+        TOP_K=top_k, SHARED=slots, SLOTS=_power_of_two(top_k + slots),
+        HAS_LOGITS=own.logits is not None, HAS_WEIGHTS=weights is not None,
+        HAS_ZEROS=weight.zeros is not None, GROUP=weight.group_size,
+        LANES=lanes, SIDE=32 // lanes, STEPS=tile.steps, LEVELS=tile.steps.bit_length() - 1,
         num_warps=tile.warps, num_stages=1,
     )  # fmt: skip
 

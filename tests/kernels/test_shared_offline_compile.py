@@ -105,5 +105,5 @@ def test_every_layer_compiles_without_spills(layer, own, scheme, gpu):
 def test_a_shared_expert_adds_no_launch(gpu, scheme, prefix):
     launches = record(LAYERS["qwen3_5"][0], 512, 1, gpu, scheme and SCHEMES[scheme])
     names = [source.fn.fn.__name__ for source, _ in launches.values()]
-    up = "vector" if scheme and gpu else "decode"
-    assert names == [f"{prefix}_up_{up}_kernel", f"{prefix}_down_decode_kernel"]
+    kind = "vector" if scheme and gpu else "decode"
+    assert names == [f"{prefix}_up_{kind}_kernel", f"{prefix}_down_{kind}_kernel"]
