@@ -20,12 +20,13 @@ from inductor_moe.errors import InductorMoeError
 
 # The first that a name matches; a fused kernel belongs to where its name says it comes from.
 CLASSES = {
-    "experts": r"moe_|quantized_(up|down)_decode|grouped_?(mm|gemm)",
+    "experts": r"moe_|quantized_(up|down)_|grouped_?(mm|gemm)",
     "delta rule": r"delta_|conv1d|convolution|depthwise",
     "attention": r"flash|fmha|attention|sdpa",
-    "dense": r"quantized_linear|gem[mv]|cublas|cutlass|nvjet|splitk|triton_tem|(add|b|^|::)mm\b"
-    r"|linear|matmul",
-    "norms, elementwise": r"triton_|elementwise|reduce|cpp_fused|aten::|vectorized",
+    "dense": r"quantized_vector|gem[mv]|cublas|cutlass|nvjet|splitk|triton_tem|(add|b|^|::)mm\b"
+    r"|linear|merged|matmul",
+    "norms, elementwise": r"triton_|norm_rope|quantize_|elementwise|reduce|cpp_fused|aten::"
+    r"|vectorized",
 }
 OTHER = "other"
 CPU_OPTIONS = {"cpp.enable_kernel_profile": True}  # or compiled kernels would have no events
@@ -66,11 +67,21 @@ class Profile:
             end = max(end, kernel.start + kernel.duration)
         return found[1:]
 
+    def kinds(self) -> list[str]:
+        """The class of each kernel. An up projection that no down projection follows is that of a
+        wide linear layer, which takes the same kernel."""
+        found = [kernel.kind for kernel in self.kernels]
+        for i, kernel in enumerate(self.kernels):
+            following = self.kernels[i + 1].name if i + 1 < len(self.kernels) else ""
+            if kernel.name.startswith("quantized_up_") and "_down_" not in following:
+                found[i] = "dense"
+        return found
+
     def classes(self) -> dict[str, list[Kernel]]:
         """The kernels of each class that has any, the one with the most time first."""
         held: dict[str, list[Kernel]] = {}
-        for kernel in self.kernels:
-            held.setdefault(kernel.kind, []).append(kernel)
+        for kernel, kind in zip(self.kernels, self.kinds(), strict=True):
+            held.setdefault(kind, []).append(kernel)
         return dict(sorted(held.items(), key=lambda item: -_total(item[1])))
 
     def table(self) -> Table:
@@ -88,16 +99,16 @@ class Profile:
 
     def longest(self, count: int = 12) -> Table:
         """The kernels that take the most time together."""
-        held: dict[str, list[Kernel]] = {}
-        for kernel in self.kernels:
-            held.setdefault(kernel.name, []).append(kernel)
+        held: dict[tuple[str, str], list[Kernel]] = {}
+        for kernel, kind in zip(self.kernels, self.kinds(), strict=True):
+            held.setdefault((kernel.name, kind), []).append(kernel)
         view = Table(title="by name")
         for heading in ("kernel", "class", "calls", "us", "us each"):
             view.add_column(heading, justify="right" if heading[0] in "cu" else "left")
-        for name, kernels in sorted(held.items(), key=lambda i: -_total(i[1]))[:count]:
+        for (name, kind), kernels in sorted(held.items(), key=lambda i: -_total(i[1]))[:count]:
             total = _total(kernels)
             cells = (f"{len(kernels)}", f"{total:.1f}", f"{total / len(kernels):.2f}")
-            view.add_row(name[:70], kernels[0].kind, *cells)
+            view.add_row(name[:70], kind, *cells)
         return view
 
     def _cells(self, count: int, us: float) -> tuple[str, str, str, str]:

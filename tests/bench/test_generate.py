@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from inductor_moe import kernels as our_kernels
 from inductor_moe.bench import footprint, generate, models, profile, results, session
 from inductor_moe.bench.ceilings import Ceilings
 from inductor_moe.cli import app
@@ -206,6 +208,26 @@ def test_a_profile_sums_up():
     assert math.isclose(sum(k.duration for k in kernels) + sum(found.gaps()) - 1.0, found.span)
 
 
+def test_every_kernel_of_ours_has_a_class():
+    folder = Path(our_kernels.__file__).parent
+    source = "".join(path.read_text() for path in folder.glob("*.py"))
+    names = set(re.findall(r"^def (\w+_kernel)\(", source, re.M))
+    assert len(names) > 30
+    for name in names:
+        assert profile.Kernel(name, 0.0, 1.0).kind != profile.OTHER, name
+
+
+def test_an_up_projection_alone_is_a_linear_layer():
+    names = ("quantized_up_vector_kernel", "quantized_down_vector_kernel",
+             "quantized_up_decode_kernel")  # fmt: skip
+    launched = tuple(profile.Kernel(name, float(i), 1.0) for i, name in enumerate(names))
+    found = profile.Profile("x", 1, launched)
+    assert found.kinds() == ["experts", "experts", "dense"]
+    assert {kind: len(held) for kind, held in found.classes().items()} == {
+        "experts": 2, "dense": 1,
+    }  # fmt: skip
+
+
 @pytest.mark.slow
 def test_profile_of_operators(quick, monkeypatch, tmp_path):
     monkeypatch.setattr(profile, "CPU_OPTIONS", None)
@@ -214,7 +236,7 @@ def test_profile_of_operators(quick, monkeypatch, tmp_path):
                  "--trace", str(trace)]  # fmt: skip
     outcome = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert outcome.exit_code == 0, outcome.output
-    assert re.search(r"gaps .*│", outcome.output) and "experts" in outcome.output
+    assert re.search(r"gaps .*│", outcome.output) and "aten::mul" in outcome.output
     assert "traceEvents" in trace.read_text()
 
 
