@@ -1,7 +1,7 @@
-"""A router for one token as one launch: residual, RMS norm, logits, and the choice of experts.
+"""A router for a few tokens as one launch: residual, RMS norm, logits, and the choice of experts.
 
-Every program normalises the token for itself and computes a row of logits. The one that finishes
-last, as a counter tells, chooses the experts from all of them.
+Every program normalises a token for itself and computes some of its logits. The token's last to
+finish, as a counter tells, chooses the experts from all of them.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from inductor_moe.kernels.moe_route import choose_experts
 
 @triton.jit
 def moe_router_kernel(
-    x,  # [H] contiguous
-    residual,  # [H] contiguous, if HAS_RESIDUAL
+    x,  # [T, H] contiguous
+    residual,  # [T, H] contiguous, if HAS_RESIDUAL
     norm_weight,  # [H] contiguous, if HAS_NORM
     router,  # [E, H] contiguous
     gate,  # [H] contiguous, if HAS_GATE
     bias,  # [E] any float, if HAS_BIAS
-    total,  # [H] written, if HAS_RESIDUAL
-    normed,  # [H] written, if HAS_NORM
-    logits,  # [E + 1] in x.dtype, written; the gate's last
-    weights,  # [K] any float, written
-    ids,  # [K] int64, written
-    counters,  # int32, the element `index` 0; the number of programs afterwards
+    total,  # [T, H] written, if HAS_RESIDUAL
+    normed,  # [T, H] written, if HAS_NORM
+    logits,  # [T, PITCH] in x.dtype, the first E + 1 of a row written; the gate's last
+    weights,  # [T, K] any float, written
+    ids,  # [T, K] int64, written
+    counters,  # int32, T elements from `index` on 0; the number of a token's programs afterwards
     index,
     stride_bias,
     NORM_EPS: tl.constexpr,
@@ -36,6 +36,8 @@ def moe_router_kernel(
     HAS_GATE: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    ROWS: tl.constexpr,  # logits of a program; 1 if there is one token
+    PITCH: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
     SCORING: tl.constexpr,
@@ -54,34 +56,43 @@ def moe_router_kernel(
     OWN: tl.constexpr,
 ):
     wait_for_inputs()
-    row = tl.program_id(0)
+    program = tl.program_id(0)
+    token = 0 if ROWS == 1 else tl.program_id(1)
     h = tl.arange(0, BLOCK_H)
     inside = h < HIDDEN
-    weight_row = router + row.to(tl.int64) * HIDDEN
-    if HAS_GATE:
-        weight_row = tl.where(row < E, weight_row, gate)
-    weight = tl.load(weight_row + h, mask=inside, other=0.0)
-    value = tl.load(x + h, mask=inside, other=0.0)
+    routers = ()
+    for i in tl.static_range(ROWS):
+        row = program * ROWS + i
+        weight_row = router + row.to(tl.int64) * HIDDEN
+        if HAS_GATE:
+            weight_row = tl.where(row < E, weight_row, gate)
+        exists = inside if ROWS == 1 else inside & (row < E + HAS_GATE)
+        routers = routers + (tl.load(weight_row + h, mask=exists, other=0.0),)  # noqa: RUF005
+    value = tl.load(x + token * HIDDEN + h, mask=inside, other=0.0)
     if HAS_RESIDUAL:
-        other = tl.load(residual + h, mask=inside, other=0.0)
+        other = tl.load(residual + token * HIDDEN + h, mask=inside, other=0.0)
         value = (value.to(tl.float32) + other.to(tl.float32)).to(x.dtype.element_ty)
-        if row == 0:
-            tl.store(total + h, value, mask=inside)
+        if program == 0:
+            tl.store(total + token * HIDDEN + h, value, mask=inside)
     if HAS_NORM:
         scale = tl.load(norm_weight + h, mask=inside, other=0.0).to(tl.float32) + NORM_OFFSET
         wide = value.to(tl.float32)
         wide *= tl.rsqrt(tl.sum(wide * wide, 0) / HIDDEN + NORM_EPS) * scale
         value = wide.to(x.dtype.element_ty)
-        if row == 0:
-            tl.store(normed + h, value, mask=inside)
-    logit = tl.sum(weight.to(tl.float32) * value.to(tl.float32), 0)
-    tl.store(logits + row, logit.to(logits.dtype.element_ty))
+        if program == 0:
+            tl.store(normed + token * HIDDEN + h, value, mask=inside)
+    logits += token * PITCH
+    for i in tl.static_range(ROWS):
+        row = program * ROWS + i
+        logit = tl.sum(routers[i].to(tl.float32) * value.to(tl.float32), 0)
+        if ROWS == 1 or row < E + HAS_GATE:
+            tl.store(logits + row, logit.to(logits.dtype.element_ty))
     # Every thread's store comes before the count, and the count before the last one's loads.
     tl.debug_barrier()
-    before = tl.atomic_add(counters + index, 1, sem="acq_rel", scope="gpu")
+    before = tl.atomic_add(counters + index + token, 1, sem="acq_rel", scope="gpu")
     if before == tl.num_programs(0) - 1:
         choose_experts(
-            logits, bias, weights, ids, 1, stride_bias,
+            logits, bias, weights + token * K, ids + token * K, 1, stride_bias,
             E, K, SCORING, NORMALISE, EPSILON, FLOOR, SCALE, HAS_BIAS,
             GROUPS, KEPT_GROUPS, GROUP_TOP, BLOCK_G, BLOCK_S, BLOCK_K, FIRST, OWN,
         )  # fmt: skip

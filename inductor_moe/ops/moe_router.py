@@ -1,4 +1,4 @@
-"""`inductor_moe::moe_router`: from a token's hidden state to its experts, the norm included."""
+"""`inductor_moe::moe_router`: from tokens' hidden states to their experts, the norm included."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from inductor_moe.ops.moe_route import (
 )
 
 MAX_HIDDEN = 8192
-COUNTERS = 1024  # routers of one graph
+MAX_TOKENS = 16  # more make better use of separate launches
+COUNTERS = 2048  # tokens of the routers of one graph
 
 
 def check_router(
@@ -33,16 +34,16 @@ def check_router(
 ) -> None:
     """Raise ValueError naming the first argument of `moe_router` that is off."""
     op = "moe_router"
-    if x.dim() != 2 or x.shape[0] != 1 or not x.dtype.is_floating_point:
+    if x.dim() != 2 or not 1 <= x.shape[0] <= MAX_TOKENS or not x.dtype.is_floating_point:
         raise ValueError(
             f"{op}: x has dtype {x.dtype} and shape {list(x.shape)}; it must be a float tensor "
-            "[1, H]."
+            f"[T, H], T from 1 to {MAX_TOKENS}."
         )
-    hidden = x.shape[1]
+    tokens, hidden = x.shape
     if hidden > MAX_HIDDEN:
         raise ValueError(f"{op}: x has {hidden} channels; at most {MAX_HIDDEN} fit.")
     for name, value, shape in (
-        ("residual", residual, (1, hidden)),
+        ("residual", residual, (tokens, hidden)),
         ("norm_weight", norm_weight, (hidden,)),
         ("router", router, (router.shape[0], hidden)),
         ("gate", gate, (1, hidden)),
@@ -54,12 +55,14 @@ def check_router(
             )
         if value is not None and name != "norm_weight" and value.dtype != x.dtype:
             raise ValueError(f"{op}: {name} has dtype {value.dtype}; it must be {x.dtype} like x.")
-    if counters.dtype != torch.int32 or counters.dim() != 1 or not 0 <= index < counters.shape[0]:
+    counted = counters.dtype == torch.int32 and counters.dim() == 1
+    if not counted or not 0 <= index <= counters.shape[0] - tokens:
         raise ValueError(
             f"{op}: counters has dtype {counters.dtype} and shape {list(counters.shape)} and "
-            f"index is {index}; it must be an int32 tensor that has an element index."
+            f"index is {index}; it must be an int32 tensor that has {tokens} elements from index "
+            "on, one for each token."
         )
-    check_route(x.new_empty((1, router.shape[0])), *route)
+    check_route(x.new_empty((tokens, router.shape[0])), *route)
 
 
 def check_own(first: int, own: int, experts: int) -> None:
@@ -96,20 +99,20 @@ def moe_router(
     own: int = 0,
     weights_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Residual, RMS norm, logits of the experts and of one gate, and the choice, of one token.
+    """Residual, RMS norm, logits of the experts and of one gate, and the choice, of each token.
 
-    x            [1, H]  any float; H at most 8192
-    residual     [1, H]  x.dtype, added to x
+    x            [T, H]  any float; T at most 16, H at most 8192
+    residual     [T, H]  x.dtype, added to x
     norm_weight  [H]     any float; None: no norm. The norm is
                          x * rsqrt(mean(x^2) + norm_eps) * (norm_weight + norm_offset)
     router       [E, H]  x.dtype
     gate         [1, H]  x.dtype, a row of logits more
-    counters     [n]     int32; the element `index` must be 0, and is anything afterwards
+    counters     [n]     int32; T elements from `index` on must be 0, and are anything afterwards
     own                  experts from `first` on are numbered from 0 in ids, and all others E; 0:
                          each keeps its number
     the others           as in `moe_route`
-    returns total [1, H] x.dtype (x + residual, [0] without one), normed [1, H] x.dtype ([0]
-    without a norm), weights [1, K] in weights_dtype, ids [1, K] int64, gate's logit [1, 1]
+    returns total [T, H] x.dtype (x + residual, [0] without one), normed [T, H] x.dtype ([0]
+    without a norm), weights [T, K] in weights_dtype, ids [T, K] int64, gate's logit [T, 1]
     x.dtype ([0] without one). Values are rounded to x.dtype before they are normalised, multiplied
     and scored.
     """
@@ -159,9 +162,9 @@ def _outputs(
     return (
         x.new_empty((0,) if residual is None else shape),
         x.new_empty((0,) if norm_weight is None else shape),
-        x.new_empty((1, top_k), dtype=weights_dtype),
-        x.new_empty((1, top_k), dtype=torch.int64),
-        x.new_empty((0,) if gate is None else (1, 1)),
+        x.new_empty((shape[0], top_k), dtype=weights_dtype),
+        x.new_empty((shape[0], top_k), dtype=torch.int64),
+        x.new_empty((0,) if gate is None else (shape[0], 1)),
     )
 
 
@@ -221,12 +224,15 @@ def moe_router_cuda(
     """`moe_router` as one Triton launch; traceable with wrap=torch.library.wrap_triton."""
     from inductor_moe.kernels.moe_router import moe_router_kernel
 
+    tokens = x.shape[0]
     experts, hidden = router.shape
     total, normed, weights, ids, _ = _outputs(x, residual, norm_weight, gate, top_k, weights_dtype)
-    logits = x.new_empty(1, experts + 1)
+    logits = x.new_empty(tokens, -(-(experts + 1) // 16) * 16)  # rows that vectors load
     constants = route_constants(experts, top_k, scoring, normalise, bias is not None, *options)
     block = 1 << (hidden - 1).bit_length()
-    wrap(moe_router_kernel)[(experts + (gate is not None),)](
+    rows, warps = _tile(tokens, block)
+    programs = -(-(experts + (gate is not None)) // rows)
+    wrap(moe_router_kernel)[(programs, tokens)](
         x.contiguous(),
         x if residual is None else residual.contiguous(),
         x if norm_weight is None else norm_weight.contiguous(),
@@ -239,9 +245,13 @@ def moe_router_cuda(
         0 if bias is None else bias.stride(0),
         NORM_EPS=norm_eps, NORM_OFFSET=norm_offset,
         HAS_RESIDUAL=residual is not None, HAS_NORM=norm_weight is not None,
-        HAS_GATE=gate is not None, HIDDEN=hidden, BLOCK_H=block, **constants,
-        FIRST=first, OWN=own,
-        num_warps=max(1, block // 2048),
+        HAS_GATE=gate is not None, HIDDEN=hidden, BLOCK_H=block,
+        ROWS=rows, PITCH=logits.shape[1], **constants, FIRST=first, OWN=own, num_warps=warps,
     )  # fmt: skip
-    logit = x.new_empty(0) if gate is None else logits[:, experts:]
+    logit = x.new_empty(0) if gate is None else logits[:, experts : experts + 1]
     return total, normed, weights, ids, logit
+
+
+def _tile(tokens: int, block: int) -> tuple[int, int]:
+    """(logits of a program, its warps): several tokens share L2, so more is made of a load."""
+    return (1, max(1, block // 2048)) if tokens == 1 else (4, max(1, block // 1024))

@@ -1,4 +1,4 @@
-"""A whole router for one token: the residual and the norm before it, its linear, its choice.
+"""A whole router for a few tokens: the residual and norm before it, its linear, its choice.
 
 Each is a launch that computes next to nothing; together they are one, `moe_router`.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from inductor_moe.ops.moe_route import moe_route
-from inductor_moe.ops.moe_router import COUNTERS, MAX_HIDDEN, moe_router
+from inductor_moe.ops.moe_router import COUNTERS, MAX_HIDDEN, MAX_TOKENS, moe_router
 from inductor_moe.patterns.norm import RmsNorm, read_rms_norm
 from inductor_moe.patterns.rewrite import Refusal, Rewrite
 from inductor_moe.patterns.walk import (
@@ -34,7 +34,7 @@ from inductor_moe.patterns.walk import (
 
 @dataclasses.dataclass(frozen=True)
 class GateSite:
-    """The router of one token.
+    """The router of a few tokens.
 
     route     the moe_route node
     x         [.., H] what the router's linear reads: the norm's output, if there is a norm
@@ -60,14 +60,16 @@ class GateSite:
 
 
 def anchors(graph: fx.Graph) -> Iterator[fx.Node]:
-    """The routers' choices for one token."""
+    """The routers' choices for a few tokens, their number known."""
     for node in graph.nodes:
-        if is_call(node, moe_route._opoverload) and same(sizes(node.args[0])[0], 1):
-            yield node
+        if is_call(node, moe_route._opoverload):
+            tokens = sizes(node.args[0])[0]
+            if isinstance(tokens, int) and tokens <= MAX_TOKENS:
+                yield node
 
 
 def _linear(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """(x, weight [N, H]) of a matmul of one row with a graph's own weight."""
+    """(x, weight [N, H]) of a matmul with a graph's own weight."""
     if not is_call(node, aten.mm.default):
         return None
     x, operand = node.args
@@ -97,7 +99,7 @@ def walk(route: fx.Node) -> GateSite:
     hidden = sizes(router)[1]
     if hidden > MAX_HIDDEN or dtype(x) != dtype(router):
         raise Refusal(f"the router reads {hidden} channels of {dtype(x)}")
-    norm = read_rms_norm(x)
+    norm = read_rms_norm(x) if same(sizes(x)[-1], hidden) else None
     if norm is not None and not _is_given(norm.weight):
         norm = None
     addends = None
@@ -112,7 +114,7 @@ def walk(route: fx.Node) -> GateSite:
 
 
 def _gate(x: fx.Node, matmul: fx.Node) -> fx.Node | None:
-    """Another matmul of the same row with a single row."""
+    """Another matmul of the same tokens with a single row."""
     for node in matmul.graph.nodes:
         linear = _linear(node)
         if (
@@ -128,7 +130,8 @@ def _gate(x: fx.Node, matmul: fx.Node) -> fx.Node | None:
 def replace(graph: fx.Graph, site: GateSite) -> fx.Node:
     """Insert the op before everything that reads what it computes."""
     route, hidden = site.route, sizes(site.router)[1]
-    counters, index = _counter(graph)
+    tokens = int(sizes(route.args[0])[0])
+    counters, index = _counter(graph, tokens)
     source = site.norm.x if site.norm else site.x
     if site.addends:
         first = source
@@ -138,7 +141,9 @@ def replace(graph: fx.Graph, site: GateSite) -> fx.Node:
     x, residual = site.addends or (source, None)
     with graph.inserting_before(first):
         rows = [
-            None if n is None else call(graph, aten.reshape.default, n, [1, hidden], like=route)
+            None
+            if n is None
+            else call(graph, aten.reshape.default, n, [tokens, hidden], like=route)
             for n in (x, residual)
         ]
         weight = site.norm.weight if site.norm else None
@@ -172,13 +177,14 @@ def _item(graph: fx.Graph, output: fx.Node, index: int) -> fx.Node:
     return item
 
 
-def _counter(graph: fx.Graph) -> tuple[fx.Node, int]:
-    """(the zeros that count programs, once in a graph; the element of the next op)."""
+def _counter(graph: fx.Graph, tokens: int) -> tuple[fx.Node, int]:
+    """(the zeros that count programs, once in a graph; the first element of the next op's)."""
     others = [node for node in graph.nodes if is_call(node, moe_router._opoverload)]
+    index = max((n.args[8] + int(sizes(n.args[0])[0]) for n in others), default=0)
+    if index + tokens > COUNTERS:
+        raise Refusal(f"the graph has routers for {index} tokens already")
     if others:
-        if len(others) >= COUNTERS:
-            raise Refusal(f"the graph has {COUNTERS} routers already")
-        return others[0].args[7], len(others)
+        return others[0].args[7], index
     anchor = next(node for node in graph.nodes if node.op != "placeholder")
     device = tensor(next(n for n in graph.nodes if is_call(n, moe_route._opoverload)).args[0])
     with graph.inserting_before(anchor):
@@ -186,7 +192,7 @@ def _counter(graph: fx.Graph) -> tuple[fx.Node, int]:
             graph, aten.full.default, [COUNTERS], 0, dtype=torch.int32, device=device.device,
             pin_memory=False, like=anchor,
         )  # fmt: skip
-    return zeros, 0
+    return zeros, index
 
 
 GATE = Rewrite(

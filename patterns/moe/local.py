@@ -1,4 +1,4 @@
-"""The choices of one token numbered for the experts of this rank, by the router itself.
+"""The choices of a few tokens numbered for the experts of this rank, by the router itself.
 
 Models that share their experts out take the number of the rank's first expert off each choice and
 mark those of other ranks: a launch, for a few numbers that the router's has in registers.
@@ -7,6 +7,7 @@ mark those of other ranks: a launch, for a few numbers that the router's has in 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -152,13 +153,14 @@ def _read(
     ids: fx.Node, weights: fx.Node, chosen: list[fx.Node], total: int, held: int
 ) -> tuple[int, int]:
     """(the first expert that is kept, how many are)."""
-    width = sizes(ids)[1]
+    shape = [int(size) for size in sizes(ids)]
+    width = math.prod(shape)
     with compat.real_tensors():
         numbers = torch.arange(-(-total // width) * width) % total
         local, share = [], []
         expected = probe(len(numbers), seed=31, positive=True)
         for part, value in zip(numbers.split(width), expected.split(width), strict=True):
-            given = {node: part[None] if node.args[1] == 3 else value[None] for node in chosen}
+            given = {n: (part if n.args[1] == 3 else value).view(shape) for n in chosen}
             local.append(_evaluate(ids, given).reshape(-1))
             share.append(_evaluate(weights, given).reshape(-1))
         found = torch.cat(local)

@@ -189,13 +189,15 @@ def test_routers_compile_without_spills(router, gpu):
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: "sm_{}{}".format(*gpu.capability))
-@pytest.mark.parametrize("hidden", [2048, 7168])
-def test_whole_routers_compile_without_spills(hidden, gpu):
+@pytest.mark.parametrize("hidden, tokens", [(2048, 1), (2048, 4), (7168, 1), (7168, 16)])
+def test_whole_routers_compile_without_spills(hidden, tokens, gpu):
     launches: dict[str, Any] = {}
-    row, weight = (torch.empty(n, hidden, dtype=torch.bfloat16, device="meta") for n in (1, 256))
-    counters = torch.empty(8, dtype=torch.int32, device="meta")
+    x, row, weight = (
+        torch.empty(n, hidden, dtype=torch.bfloat16, device="meta") for n in (tokens, 1, 256)
+    )
+    counters = torch.empty(32, dtype=torch.int32, device="meta")
     moe_router_cuda(
-        row, row, row[0], 1e-6, 1.0, weight, row, counters, 2, 8, "softmax", True,
+        x, x, row[0], 1e-6, 1.0, weight, row, counters, 2, 8, "softmax", True,
         weights_dtype=torch.bfloat16, wrap=Recorder(launches),
     )  # fmt: skip
     compile_all(launches, gpu)

@@ -20,11 +20,13 @@ ROUTES = {
 }
 
 
-def arguments(hidden, experts, route, dtype, residual=True, norm=True, gate=True):
-    """The op's arguments; logits far enough apart that rounding changes no choice."""
-    x = torch.randn(1, hidden)
-    router = torch.randn(experts, hidden) / hidden**0.5
-    router += torch.randperm(experts)[:, None] / experts * x.sign() / hidden**0.5 * 2
+def arguments(hidden, experts, route, dtype, residual=True, norm=True, gate=True, tokens=1):
+    """The op's arguments; logits far enough apart that rounding hardly changes a choice."""
+    signs = torch.randn(1, hidden).sign()
+    flips = torch.tensor([1, -1])[torch.arange(tokens) % 2, None]
+    x = torch.rand(tokens, hidden) * signs * flips * 2
+    router = torch.randn(experts, hidden) / hidden**0.5 / 8
+    router += torch.randperm(experts)[:, None] / experts * signs / hidden**0.5 * 2
     route = [torch.randn(experts) / 8 if option == "bias" else option for option in route]
     return (
         (x / 2).to(dtype) if residual else x.to(dtype),
@@ -33,8 +35,17 @@ def arguments(hidden, experts, route, dtype, residual=True, norm=True, gate=True
         1e-6, 0.5,
         router.to(dtype),
         torch.randn(1, hidden).to(dtype) if gate else None,
-        torch.zeros(3, dtype=torch.int32), 1, *route,
+        torch.zeros(2 + tokens, dtype=torch.int32), 1, *route,
     )  # fmt: skip
+
+
+def decided(*given, **parts):
+    """Arguments for which eager and fp64 make one choice, and their outputs."""
+    while True:
+        drawn = arguments(*given, **parts)
+        eager, expected = moe_router_plain(*drawn), moe_router_plain(*widened(drawn))
+        if torch.equal(eager[3], expected[3]):
+            return drawn, eager, expected
 
 
 def widened(given):
@@ -44,11 +55,11 @@ def widened(given):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
 @pytest.mark.parametrize("parts", ["residual norm gate", "norm", "gate", "residual norm"])
-@pytest.mark.parametrize("hidden", [64, 200])
-def test_kernel(monkeypatch, hidden, parts, route, dtype):
+@pytest.mark.parametrize("hidden, tokens", [(64, 1), (200, 1), (200, 3), (64, 16)])
+def test_kernel(monkeypatch, hidden, tokens, parts, route, dtype):
     torch.manual_seed(len(parts) + hidden)
     flags = {name: name in parts for name in ("residual", "norm", "gate")}
-    given = arguments(hidden, 20, route, dtype, **flags)
+    given, eager, expected = decided(hidden, 20, route, dtype, **flags, tokens=tokens)
     new_empty = torch.Tensor.new_empty
 
     def poisoned(self, *args, **kwargs):
@@ -58,9 +69,8 @@ def test_kernel(monkeypatch, hidden, parts, route, dtype):
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     found = moe_router_cuda(*given, wrap=Interpreted)
     monkeypatch.undo()
-    expected = moe_router_plain(*widened(given))
-    eager = moe_router_plain(*given)
-    assert given[7].tolist() == [0, 20 + flags["gate"], 0]
+    programs = 20 + flags["gate"] if tokens == 1 else 5 + flags["gate"]
+    assert given[7].tolist() == [0, *[programs] * tokens, 0]
     assert [t.shape for t in found] == [t.shape for t in expected]
     assert torch.equal(found[3], expected[3])
     for index in (0, 1, 2, 4):
@@ -85,7 +95,7 @@ def test_weights_of_another_dtype():
 @pytest.mark.parametrize("first, own", [(0, 10), (10, 10), (7, 1), (0, 20)])
 def test_experts_of_others_have_a_number_past_all(first, own):
     torch.manual_seed(own)
-    given = arguments(64, 20, ROUTES["softmax"], torch.bfloat16)
+    given = arguments(64, 20, ROUTES["softmax"], torch.bfloat16, tokens=1 + own % 2)
     (_, _, weights, ids, _) = moe_router_cuda(*given, wrap=Interpreted)
     for run in (moe_router_plain, functools.partial(moe_router_cuda, wrap=Interpreted)):
         given[7].zero_()
@@ -97,9 +107,10 @@ def test_experts_of_others_have_a_number_past_all(first, own):
 
 @pytest.mark.parametrize("parts", [{}, {"residual": False, "gate": False}, {"norm": False}])
 def test_opcheck(parts):
-    given = arguments(24, 9, ROUTES["softmax"], torch.float32, **parts)
-    torch.library.opcheck(moe_router, given)
-    torch.library.opcheck(moe_router, given, {"first": 3, "own": 4})
+    for tokens in (1, 2):
+        given = arguments(24, 9, ROUTES["softmax"], torch.float32, **parts, tokens=tokens)
+        torch.library.opcheck(moe_router, given)
+        torch.library.opcheck(moe_router, given, {"first": 3, "own": 4})
 
 
 @pytest.mark.parametrize("first, own", [(-1, 2), (3, -1), (8, 2)])
@@ -112,13 +123,14 @@ def test_experts_that_are_not_there(first, own):
 @pytest.mark.parametrize(
     "place, value, message",
     [
-        (0, torch.ones(2, 24), r"x has dtype torch.float32 and shape \[2, 24\]"),
+        (0, torch.ones(17, 24), r"x has dtype torch.float32 and shape \[17, 24\].* from 1 to 16"),
+        (0, torch.ones(0, 24), r"x has dtype torch.float32 and shape \[0, 24\]"),
         (1, torch.ones(1, 23), r"residual has shape \[1, 23\]"),
         (2, torch.ones(1, 24), r"norm_weight has shape \[1, 24\]"),
         (5, torch.ones(9, 24).half(), "router has dtype torch.float16"),
         (6, torch.ones(2, 24), r"gate has shape \[2, 24\]"),
         (7, torch.zeros(3), "counters has dtype torch.float32"),
-        (8, 3, "index is 3"),
+        (8, 3, "index is 3.* has 1 elements"),
         (9, 10, "top_k"),
     ],
 )
@@ -187,14 +199,15 @@ NORMS = {  # name -> (norm, what the site says of it)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("tokens", [(1, 1), (2, 3)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("norm, said", NORMS.values(), ids=NORMS)
-def test_what_is_put_in_place(norm, said, dtype):
+def test_what_is_put_in_place(norm, said, dtype, tokens):
     block = Block()
     if norm is not None:
         block.norm = norm.__get__(block)
     block = block.to(dtype)
-    x, residual = (torch.randn(1, 1, forms.HIDDEN).to(dtype) for _ in range(2))
+    x, residual = (torch.randn(*tokens, forms.HIDDEN).to(dtype) for _ in range(2))
     eager = block(x, residual)
     exact = block.double()(x.double(), residual.double())
     block.to(dtype)
@@ -209,10 +222,14 @@ def test_what_is_put_in_place(norm, said, dtype):
 
 
 @torch.no_grad()
-def test_several_tokens_and_computed_weights_are_left_alone():
+def test_many_tokens_and_computed_weights_are_left_alone():
     block = Block()
-    x, residual = torch.randn(2, 3, 1, forms.HIDDEN).unbind(0)
-    _, report = capture(block, x, residual)
+    for tokens, sites in ((16, 1), (17, 0)):
+        x, residual = torch.randn(2, tokens, 1, forms.HIDDEN).unbind(0)
+        _, report = capture(block, x, residual)
+        found = [site for site in report.matched if site.rewrite == "moe.router"]
+        assert len(found) == sites
+    _, report = capture(block, x, residual, dynamic=True)
     assert not [site for site in report.matched if site.rewrite == "moe.router"]
 
     class Doubled(nn.Module):
@@ -231,7 +248,27 @@ def test_several_tokens_and_computed_weights_are_left_alone():
 
 
 @torch.no_grad()
-def test_several_routers_count_apart():
+def test_a_norm_of_each_half_stays_apart():
+    block = Block()
+    scale = torch.randn(forms.HIDDEN // 2)
+
+    def forward(x):
+        halves = x.view(-1, 2, forms.HIDDEN // 2)
+        halves = halves * torch.rsqrt(halves.pow(2).mean(-1, keepdim=True) + 1e-5) * scale
+        normed = halves.view(-1, forms.HIDDEN)
+        weights, ids = torch.topk(torch.softmax(block.router(normed), -1), 2, dim=-1)
+        return block.experts(normed, ids, weights)
+
+    x = torch.randn(3, forms.HIDDEN)
+    found, report = capture(forward, x)
+    sites = [site for site in report.matched if site.rewrite == "moe.router"]
+    assert len(sites) == 1 and sites[0].detail.endswith(f"H={forms.HIDDEN}")
+    torch.testing.assert_close(found, forward(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_several_routers_count_apart(tokens):
     first, second = Block(), Block()
 
     def forward(x, residual):
@@ -239,11 +276,11 @@ def test_several_routers_count_apart():
         return second(hidden, residual)
 
     graphs = []
-    x, residual = torch.randn(2, 1, 1, forms.HIDDEN).unbind(0)
+    x, residual = torch.randn(2, tokens, 1, forms.HIDDEN).unbind(0)
     eager = forward(x, residual)
     found, _ = capture(forward, x, residual, graphs=graphs)
     routers = [n for n in graphs[0].graph.nodes if "moe_router" in str(n.target)]
-    assert [node.args[8] for node in routers] == [0, 1]
+    assert [node.args[8] for node in routers] == [0, tokens]
     assert len({node.args[7] for node in routers}) == 1
     torch.testing.assert_close(found[0], eager[0], rtol=1e-4, atol=1e-5)
 
