@@ -209,10 +209,13 @@ UNKNOWN = (
 )
 
 
+MANY = 20  # tokens: a router of fewer is one op with its linear
+
+
 def run(route):
     torch.manual_seed(5)
     model = Model(route).float().eval()
-    x = forms.tokens(torch.float32)
+    x = forms.tokens(torch.float32, MANY)
     with torch.no_grad():
         reference = copy.deepcopy(model).double()(x.double())
     graphs = []
@@ -237,7 +240,7 @@ def test_experts_read_the_weights_as_the_router_writes_them(route):
     """A cast between two ops would be a launch of its own."""
     graphs = []
     with torch.no_grad():
-        capture(Model(route).bfloat16().eval(), forms.tokens(torch.bfloat16), graphs=graphs)
+        capture(Model(route).bfloat16().eval(), forms.tokens(torch.bfloat16, MANY), graphs=graphs)
     (experts,) = (
         n for n in graphs[0].graph.nodes if str(n.target) == "inductor_moe.moe_experts.default"
     )
