@@ -61,7 +61,8 @@ class DecodeTile:
 
 @dataclass(frozen=True)
 class GemmTile:
-    """group_m: blocks sharing a tile of columns in L2; tail: halve blocks of half as many rows."""
+    """group_m: blocks sharing a tile of columns in L2; tail: halve blocks of half as many rows;
+    parts: slices of the inputs, one for each warp, in linear layers on packed weights."""
 
     block_n: int
     block_k: int
@@ -69,6 +70,7 @@ class GemmTile:
     warps: int
     stages: int
     tail: bool = False
+    parts: int = 1
 
 
 @dataclass(frozen=True)

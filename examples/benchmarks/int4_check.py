@@ -60,7 +60,7 @@ def check() -> int:
                 judge(what, relative_error(found, inputs.reference()), LIMIT * 1.7)
         for tokens, outputs, width in (
             (1, 96, 2048), (1, 200, 328), (5, 200, 328), (16, 200, 384), (33, 200, 328),
-            (64, 9216, 512),
+            (64, 9216, 512), (7, 200, 1024), (13, 512, 2048),
         ):  # fmt: skip
             weight = random_packed((outputs, width), scheme, dtype)
             linear = QuantizedLinear(outputs, width, scheme.bits, scheme.group_size)

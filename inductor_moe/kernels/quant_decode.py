@@ -14,7 +14,7 @@ import triton.language as tl
 
 from inductor_moe.kernels.dependent import wait_for_inputs
 from inductor_moe.kernels.moe_activation import gated_activation_tile, shared_rows, up_rows
-from inductor_moe.kernels.quant_dot import code_columns, packed_dot
+from inductor_moe.kernels.quant_dot import code_columns, packed_dot, whole_rows
 
 COLUMNS = tl.constexpr(8)
 
@@ -49,7 +49,8 @@ def parts_dot(
     x_ptrs = x_columns[None, :] + first[:, None]
     words_left = row_words - k_first // WIDTH
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    total = tl.zeros((COLUMNS,), tl.float32)
+    no_sum = tl.zeros((COLUMNS,), tl.float32)
+    total = no_sum
     for start in range(0, k_slice, BLOCK_K):
         step = start // BLOCK_K
         group = start // GROUP if GROUP != 0 else 0
@@ -58,20 +59,15 @@ def parts_dot(
         row_left = tl.where(load_row, k_dim - k_first - start, 0)
         left = tl.where(load_column, k_dim - x_first - start, 0)[None, :] - first[:, None]
         acc, x_sum = packed_dot(
-            acc, w_ptrs, x_ptrs, load_w, left, scale_rows + group, zero_rows + group, row_left,
-            BITS, GROUP, HAS_ZEROS, EVEN, COLUMNS, ROWS,
+            acc, no_sum, w_ptrs, x_ptrs, load_w, left,
+            scale_rows + group, zero_rows + group, row_left, BITS, GROUP, HAS_ZEROS, EVEN,
         )  # fmt: skip
         if GROUP == 0 and HAS_ZEROS:
             total += x_sum
         w_ptrs += STEP_WORDS
         x_ptrs += BLOCK_K
     if GROUP == 0:
-        scale = tl.load(scale_rows, mask=load_row, other=0.0).to(tl.float32)
-        if HAS_ZEROS:
-            CENTER: tl.constexpr = 8 if BITS == 4 else 0
-            zero = tl.load(zero_rows, mask=load_row, other=0.0).to(tl.float32) - CENTER
-            acc -= zero[:, None] * total[None, :]
-        acc *= scale[:, None]
+        acc = whole_rows(acc, total, scale_rows, zero_rows, load_row, BITS, HAS_ZEROS)
     part = tl.arange(0, ROWS) // BLOCK_N
     own = part[:, None] == tl.arange(0, COLUMNS)[None, :]
     return tl.reshape(tl.sum(tl.where(own, acc, 0.0), 1), (PARTS, BLOCK_N))

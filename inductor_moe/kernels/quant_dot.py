@@ -54,12 +54,12 @@ def code_columns(BITS: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def group_product(
-    acc,  # [ROWS, COLS] fp32, the sum so far
-    part,  # [ROWS, COLS] fp32, codes (less 8 or 0) times inputs of one group
-    x_sum,  # [COLS] fp32, the inputs of the group summed, if HAS_ZEROS
-    scale_ptrs,  # [ROWS]
-    zero_ptrs,  # [ROWS]
-    load_row,  # [ROWS]
+    acc,  # [..., ROWS, COLS] fp32, the sum so far
+    part,  # [..., ROWS, COLS] fp32, codes (less 8 or 0) times inputs of one group
+    x_sum,  # [..., COLS] fp32, the inputs of the group summed, if HAS_ZEROS
+    scale_ptrs,  # [..., ROWS]
+    zero_ptrs,  # [..., ROWS]
+    load_row,  # [..., ROWS]
     CENTER: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
 ):
@@ -67,13 +67,33 @@ def group_product(
     scale = tl.load(scale_ptrs, mask=load_row, other=0.0).to(tl.float32)
     if HAS_ZEROS:
         zero = tl.load(zero_ptrs, mask=load_row, other=0.0).to(tl.float32) - CENTER
-        part -= zero[:, None] * x_sum[None, :]
-    return acc + scale[:, None] * part
+        part -= tl.expand_dims(zero, -1) * tl.expand_dims(x_sum, -2)
+    return acc + tl.expand_dims(scale, -1) * part
+
+
+@triton.jit
+def whole_rows(
+    acc,  # [ROWS, COLS] fp32, codes (less 8 or 0) times inputs
+    total,  # [COLS] fp32, the inputs summed, if HAS_ZEROS
+    scale_ptrs,  # [ROWS]
+    zero_ptrs,  # [ROWS]
+    load_row,  # [ROWS]
+    BITS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+):
+    """The product with weights of one group a row, whose scales `packed_dot` leaves to the end."""
+    scale = tl.load(scale_ptrs, mask=load_row, other=0.0).to(tl.float32)
+    if HAS_ZEROS:
+        CENTER: tl.constexpr = 8 if BITS == 4 else 0
+        zero = tl.load(zero_ptrs, mask=load_row, other=0.0).to(tl.float32) - CENTER
+        acc -= zero[:, None] * total[None, :]
+    return acc * scale[:, None]
 
 
 @triton.jit
 def packed_dot(
-    acc,  # [ROWS, COLS] fp32
+    acc,  # [ROWS, COLS] fp32, or a batch [PARTS, ROWS, COLS] of them, as all that follows
+    no_sum,  # [COLS] fp32 zeros
     w_ptrs,  # [ROWS, W] packed elements of these BLOCK_K inputs
     x_ptrs,  # [W, COLS] the inputs of the first plane
     load_w,  # [ROWS, W]
@@ -85,8 +105,6 @@ def packed_dot(
     GROUP: tl.constexpr,  # inputs of a group, 0 for one group
     HAS_ZEROS: tl.constexpr,
     EVEN: tl.constexpr,  # all inputs exist, and all rows may be read
-    COLS: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
     """acc + W[rows, BLOCK_K inputs] @ x, a group of inputs at a time.
 
@@ -98,9 +116,10 @@ def packed_dot(
     PLANES: tl.constexpr = 4 if BITS == 4 else 1
     APART: tl.constexpr = BITS == 4 and (GROUP == 16 or GROUP == 32)
     PLANES_A_GROUP: tl.constexpr = GROUP // 16 if APART else PLANES
+    INPUTS: tl.constexpr = len(acc.shape) - 2
     words = tl.load(w_ptrs) if EVEN else tl.load(w_ptrs, mask=load_w, other=0)
-    part = acc if GROUP == 0 else tl.zeros((ROWS, COLS), tl.float32)
-    x_sum = tl.zeros((COLS,), tl.float32)
+    part = acc if GROUP == 0 else tl.zeros_like(acc)
+    x_sum = no_sum
     for plane in tl.static_range(PLANES):
         if EVEN:
             x = tl.load(x_ptrs + 16 * plane)
@@ -109,13 +128,13 @@ def packed_dot(
         w = unpack_plane(words, plane, DTYPE) if BITS == 4 else words.to(DTYPE)
         part = tl.dot(w, x, part)
         if HAS_ZEROS:
-            x_sum += tl.sum(x.to(tl.float32), 0)
+            x_sum += tl.sum(x.to(tl.float32), INPUTS)
         if GROUP != 0 and plane % PLANES_A_GROUP == PLANES_A_GROUP - 1:
             acc = group_product(
                 acc, part, x_sum,
                 scale_ptrs + plane // PLANES_A_GROUP, zero_ptrs + plane // PLANES_A_GROUP,
                 row_left > 16 * (plane + 1 - PLANES_A_GROUP), CENTER, HAS_ZEROS,
             )  # fmt: skip
-            part = tl.zeros((ROWS, COLS), tl.float32)
-            x_sum = tl.zeros((COLS,), tl.float32)
+            part = tl.zeros_like(acc)
+            x_sum = no_sum
     return part if GROUP == 0 else acc, x_sum

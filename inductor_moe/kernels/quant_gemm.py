@@ -7,7 +7,7 @@ import triton.language as tl
 
 from inductor_moe.kernels.dependent import wait_for_inputs
 from inductor_moe.kernels.moe_activation import gated_activation_tile, up_rows
-from inductor_moe.kernels.quant_dot import code_columns, packed_dot
+from inductor_moe.kernels.quant_dot import code_columns, packed_dot, whole_rows
 
 
 @triton.jit
@@ -40,7 +40,8 @@ def quantized_gemm_tile(
     zero_ptrs = zeros + n_offset * groups
     STEP_WORDS: tl.constexpr = BLOCK_K // 4 if BITS == 4 else BLOCK_K
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    no_sum = tl.zeros((BLOCK_M,), tl.float32)
+    total = no_sum
     for start in range(0, k_dim, BLOCK_K):
         step = start // BLOCK_K
         group = start // GROUP if GROUP != 0 else 0
@@ -48,21 +49,16 @@ def quantized_gemm_tile(
         # The last step may hold groups past the end; where all inputs exist this is constant.
         row_left = tl.where(exists, k_dim if EVEN else k_dim - start, 0)
         acc, x_sum = packed_dot(
-            acc, w_ptrs, x_ptrs, load_w, (k_dim - start - first)[:, None],
+            acc, no_sum, w_ptrs, x_ptrs, load_w, (k_dim - start - first)[:, None],
             scale_ptrs + group, zero_ptrs + group, row_left,
-            BITS, GROUP, HAS_ZEROS, EVEN, BLOCK_M, BLOCK_N,
+            BITS, GROUP, HAS_ZEROS, EVEN,
         )  # fmt: skip
         if GROUP == 0 and HAS_ZEROS:
             total += x_sum
         w_ptrs += STEP_WORDS
         x_ptrs += BLOCK_K
     if GROUP == 0:
-        scale = tl.load(scale_ptrs, mask=exists, other=0.0).to(tl.float32)
-        if HAS_ZEROS:
-            CENTER: tl.constexpr = 8 if BITS == 4 else 0
-            zero = tl.load(zero_ptrs, mask=exists, other=0.0).to(tl.float32) - CENTER
-            acc -= zero[:, None] * total[None, :]
-        acc *= scale[:, None]
+        acc = whole_rows(acc, total, scale_ptrs, zero_ptrs, exists, BITS, HAS_ZEROS)
     return acc
 
 

@@ -13,6 +13,7 @@ from inductor_moe.kernels.quant_gemm_int8 import (
     moe_int8_gemm_kernel,
     quantize_activations_kernel,
 )
+from inductor_moe.kernels.quant_slices import quantized_slices_kernel
 from inductor_moe.ops.moe_cuda import Activation, Wrap, _bias_args, _cdiv, _Routed
 from inductor_moe.tiles import GemmTile
 
@@ -86,17 +87,23 @@ def linear_gemm(
     rows: tuple[Tensor, ...] = (x,)
     sizes: tuple[int, ...] = (x.stride(0),)
     constants = weight.constants()
+    even = weight.in_features % step == 0
     if int8_activations:
         kernel, step = int8_linear_kernel, max(64, weight.group_size)
+        even = weight.in_features % step == 0
         rows, sizes = quantize_activations(x, weight.group_size, wrap)
         del constants["BITS"]
+    elif tile.parts > 1:
+        kernel, k_slice = quantized_slices_kernel, weight.slice_of(step, tile.parts)
+        even = k_slice * tile.parts == weight.in_features
+        sizes = (*sizes, k_slice)
+        constants["PARTS"] = tile.parts
     tokens = x.shape[0]
     bias_arg, _, stride_b = _bias_args(bias, weight.packed)
     wrap(kernel)[(_cdiv(tokens, plan.block_m) * _cdiv(weight.rows, tile.block_n),)](
         *rows, *weight.tensors(), bias_arg, out,
         tokens, weight.rows, weight.in_features, *weight.sizes(), *sizes, stride_b,
-        HAS_BIAS=bias is not None, **constants,
-        EVEN=weight.in_features % step == 0,
+        HAS_BIAS=bias is not None, **constants, EVEN=even,
         GROUP_M=tile.group_m, BLOCK_M=plan.block_m, BLOCK_N=tile.block_n, BLOCK_K=step,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -170,6 +170,46 @@ def test_one_row_without_tensor_cores_refuses_what_it_cannot_read():
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("block_m", "tile", "scheme", "shape", "tokens", "dtype"),
+    [
+        (8, GemmTile(16, 128, 8, 4, 3, parts=4), "int4 g128", (41, 512), 5, torch.bfloat16),
+        (16, GemmTile(32, 128, 8, 2, 3, parts=2), "int4 g256", (32, 1024), 16, torch.float16),
+        (8, GemmTile(16, 128, 8, 8, 3, parts=8), "int4 g128 zeros", (9, 1000), 11, torch.bfloat16),
+        (16, GemmTile(16, 64, 8, 4, 3, parts=4), "int4 g64 zeros", (19, 200), 19, torch.float16),
+        (8, GemmTile(16, 64, 8, 2, 3, parts=2), "int4 g32", (7, 192), 2, torch.bfloat16),
+        (16, GemmTile(16, 64, 8, 2, 3, parts=2), "int4 g16 zeros", (20, 72), 9, torch.bfloat16),
+        (8, GemmTile(16, 128, 8, 4, 3, parts=4), "int4 row zeros", (40, 700), 3, torch.bfloat16),
+        (8, GemmTile(16, 64, 8, 4, 3, parts=4), "int8 g64 zeros", (17, 330), 4, torch.float16),
+        (8, GemmTile(32, 64, 8, 4, 3), "int4 g128", (41, 512), 3, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("far", [False, True])
+def test_a_few_rows(block_m, tile, scheme, shape, tokens, dtype, far):
+    """With slices of the inputs, some of which may lie past the end, and without."""
+    kind = SCHEMES[scheme]
+    weight, bias = packed(shape, kind, dtype), torch.randn(shape[0]).to(dtype)
+    # Beside columns of NaN, which are no inputs.
+    x = torch.full((tokens, shape[1] + 64), math.nan, dtype=dtype)[:, : shape[1]]
+    x.copy_(torch.randn(x.shape) + 16 * far)
+    x[tokens // 2] = 0.0
+    if far:
+        x[0, 3] = 1000.0
+        weight.packed[0], weight.packed[1] = -1, 0  # all codes 15, all codes 0
+    plan = QuantizedPlan(block_m, tile, tile)
+    for own in (bias, None):
+        found = quant_cuda.quantized_linear_cuda(
+            x, *arguments(weight, kind)[:3], own, kind.group_size, plan=plan, wrap=Interpreted
+        )
+        reference = x.double() @ exact(weight, kind, shape[1]).T
+        reference += 0.0 if own is None else own.double()
+        assert found.dtype == dtype
+        # Little but the rounding of the output, which is all that one large output has.
+        rounding = relative_error(reference.to(dtype), reference)
+        assert relative_error(found, reference) <= rounding + LIMIT / 10
+    assert not found[tokens // 2].any()
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_zero_points_finer_than_the_scales(plan):
     """fp32 beside bf16, as weights that were quantised elsewhere may need them."""

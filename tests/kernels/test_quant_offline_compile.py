@@ -31,7 +31,7 @@ from inductor_moe.quant_tiles import (
     choose_quantized_plan,
     linear_by_rule,
 )
-from inductor_moe.tiles import generic_gpu
+from inductor_moe.tiles import GemmTile, generic_gpu
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1" or sys.platform != "linux",
@@ -199,9 +199,45 @@ def test_few_rows_fill_a_block_of_a_linear_layer(rows, block_m):
     assert plan.block_m == block_m
     assert isinstance(choose_quantized_plan(layer, 1, H100).up, VectorTile)
     narrow = linear_by_rule(dataclasses.replace(layer, outputs=512), rows, H100)
-    assert narrow.up.block_n == 64 and narrow.block_m == block_m
+    slices = rows <= 16
+    assert narrow.up.block_n == (16 if slices else 64) and narrow.block_m == block_m
+    assert narrow.up.parts == (8 if slices else 1)
     fine = linear_by_rule(dataclasses.replace(layer, group_size=64), rows, H100)
     assert fine.block_m == max(16, block_m)
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "bits", "group", "rows", "expected"), [
+    (2048, 4096, 4, 128, 2, (8, 128, 8)), (2048, 4096, 4, 128, 9, (16, 128, 8)),
+    (512, 2048, 4, 64, 8, (8, 64, 8)), (512, 2048, 4, 32, 16, (16, 64, 8)),
+    (512, 1024, 4, 256, 4, (8, 128, 4)), (512, 2048, 4, 0, 4, (8, 128, 8)),
+    (512, 2048, 8, 0, 4, (8, 64, 8)), (4224, 1024, 4, 128, 16, (16, 128, 8)),
+    (2048, 4096, 4, 128, 17, None), (2048, 4096, 4, 128, 1, None), (4225, 2048, 4, 128, 4, None),
+    (2048, 896, 4, 128, 4, None), (2048, 1152, 4, 128, 4, None),
+    (512, 1536, 4, 128, 4, (8, 128, 4)), (2048, 1000, 8, 0, 4, None),
+    (2048, 4096, 4, 2048, 4, None),
+])  # fmt: skip
+def test_slices_by_rule(outputs, inputs, bits, group, rows, expected):
+    """(rows of a block, inputs of a step, slices) of a narrow layer, on Hopper alone."""
+    layer = QuantizedLinear(outputs, inputs, bits, group)
+    plan = choose_quantized_plan(layer, rows, H100)
+    assert isinstance(plan.up, GemmTile) == (rows > 1)
+    parts = getattr(plan.up, "parts", 1)
+    assert ((plan.block_m, plan.up.block_k, parts) if parts > 1 else None) == expected
+    if expected is not None:
+        assert plan.up.warps == parts and QuantizedPlan.from_json(plan.to_json()) == plan
+    for gpu in (generic_gpu((8, 0)), generic_gpu((10, 0))):
+        assert choose_quantized_plan(layer, max(rows, 2), gpu).up.parts == 1
+
+
+@pytest.mark.parametrize(("scheme", "rows", "outputs", "inputs"), [
+    ("int4", 4, 2048, 4096), ("int4", 16, 512, 2048), ("int4 zeros", 8, 512, 2048),
+    ("int8", 16, 1000, 2048),
+])  # fmt: skip
+def test_slices_compile_without_spills_and_copy_ahead(scheme, rows, outputs, inputs):
+    launches = record_linear(SCHEMES[scheme], rows, H100, outputs, inputs=inputs)
+    kernel = compiled(launches, H100)["quantized_slices_kernel"]
+    # The weights and the planes of the inputs, each copied ahead.
+    assert instructions(kernel.asm["cubin"]).count("LDGSTS") >= 10
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: "sm_{}{}".format(*gpu.capability))
