@@ -46,7 +46,8 @@ KERNELS = {
     "attention_decode": "attention_decode_kernel, attention_combine_kernel",
     "quantized_linear": "one token: quantized_vector_kernel, quantized_up_decode_kernel; more: "
     f"quantized_slices_kernel, quantized_linear_kernel ({INT8} int8_linear_kernel)",
-    "merged_linear": "one token: merged_vector_kernel; more: merged_linear_kernel",
+    "merged_linear": "one token: merged_vector_kernel, merged_linear_kernel; more: "
+    "merged_rows_kernel",
     "moe_experts_quantized": f"few tokens: {UP}, {DOWN}; more: {SORT}, "
     "moe_quantized_gemm_kernel twice "
     f"({INT8} moe_int8_gemm_kernel), moe_combine_kernel",

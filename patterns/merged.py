@@ -1,4 +1,4 @@
-"""Linear layers of one input, in a decode step: one launch reads all their weights.
+"""Linear layers of one input, in a decode step of a few sequences: one launch reads all weights.
 
 Each alone is too small to fill a GPU, and a launch costs what its weights take to read.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from inductor_moe.ops.merged_linear import MEMBERS, merged_linear
+from inductor_moe.ops.merged_linear import MEMBERS, MOST_ROWS, merged_linear
 from inductor_moe.ops.quant import quantized_linear
 from inductor_moe.patterns.quant import PackedWeight
 from inductor_moe.patterns.rewrite import Rewrite
@@ -33,7 +33,7 @@ DENSE_ROWS = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One linear layer on x [1, K]: a packed weight [N, K], or a dense one."""
+    """One linear layer on x [M, K]: a packed weight [N, K], or a dense one."""
 
     node: fx.Node
     x: fx.Node
@@ -43,6 +43,12 @@ class Member:
     @property
     def rows(self) -> int:
         return int(sizes(self.node)[1])
+
+    @property
+    def tokens(self) -> int:
+        """M, which is an int, or 1 for every value of the symbols."""
+        rows = sizes(self.x)[0]
+        return rows if isinstance(rows, int) else 1
 
     @property
     def weights(self) -> list[fx.Node]:
@@ -68,14 +74,21 @@ class MergedSite:
         kinds = [self.packed[0].describe()] if self.packed else []
         if len(self.packed) < len(self.members):
             kinds.append(str(dtype(x)))
-        return f"{sizes(x)[1]} -> {rows}; {', '.join(kinds)}"
+        tokens = f"{self.members[0].tokens} rows of " if self.members[0].tokens > 1 else ""
+        return f"{tokens}{sizes(x)[1]} -> {rows}; {', '.join(kinds)}"
+
+
+def _takes(x: fx.Node) -> bool:
+    """Whether x has one row, or a number of rows that is known and small."""
+    rows = sizes(x)[0]
+    return same(rows, 1) or (isinstance(rows, int) and 0 < rows <= MOST_ROWS)
 
 
 def _member(node: fx.Node) -> Member | None:
-    """The layer that a node computes for one row; None for another node, or more rows."""
+    """The layer that a node computes for a few rows; None for another node, or more rows."""
     if is_call(node, quantized_linear._opoverload):
         x, packed, scales, zeros, bias, group_size = node.args
-        if bias is not None or not same(sizes(x)[0], 1):
+        if bias is not None or not _takes(x):
             return None
         weight = PackedWeight(node, packed, scales, zeros, group_size, sizes(x)[1])
         return Member(node, x, weight, None)
@@ -86,7 +99,7 @@ def _member(node: fx.Node) -> Member | None:
         return None
     weight = operand.args[0]
     plain = weight.op in ("placeholder", "get_attr") and tensor(weight).is_contiguous()
-    fits = same(sizes(x)[0], 1) and isinstance(sizes(weight)[0], int)
+    fits = _takes(x) and isinstance(sizes(weight)[0], int)
     if not plain or not fits or sizes(weight)[0] > DENSE_ROWS or dtype(weight) != dtype(node):
         return None
     return Member(node, x, None, weight)
@@ -113,7 +126,13 @@ def _readers(x: fx.Node) -> list[fx.Node]:
 
 
 def _alike(members: list[Member]) -> list[Member]:
-    """The packed layers of the most frequent scheme and the dense ones, as many as fit."""
+    """The packed layers of the most frequent scheme and the dense ones, as many as fit.
+
+    Dense ones alone are merged for one row only: a library's products of more are their equal.
+    """
+    # Views may give one tensor several numbers of rows.
+    counts = collections.Counter(m.tokens for m in members)
+    members = [m for m in members if m.tokens == counts.most_common(1)[0][0]]
     schemes = collections.Counter(_scheme(m.packed) for m in members if m.packed is not None)
     scheme = schemes.most_common(1)[0][0] if schemes else None
     packed = [m for m in members if m.packed is not None and _scheme(m.packed) == scheme]
@@ -121,6 +140,8 @@ def _alike(members: list[Member]) -> list[Member]:
     if packed or dense:  # The op takes the place of the first, where some may not be known yet.
         first = min(member.node for member in packed + dense)
         packed, dense = ([m for m in kind if max(m.weights) < first] for kind in (packed, dense))
+    if not packed and dense and dense[0].tokens > 1:
+        return []
     # What starts after an odd number of rows is not aligned.
     packed.sort(key=lambda m: m.rows % 8 != 0)
     dense.sort(key=lambda m: m.rows % 8 != 0)
@@ -145,7 +166,7 @@ def walk(x: fx.Node) -> MergedSite:
 
 
 def replace(graph: fx.Graph, site: MergedSite) -> fx.Node:
-    """Insert the op before the first of the layers, and a slice of it for each."""
+    """Insert the op before the first of the layers, and a view of its part for each."""
     positions = {node: place for place, node in enumerate(graph.nodes)}
     first = min(site.members, key=lambda member: positions[member.node])
     packed = site.packed
@@ -160,9 +181,11 @@ def replace(graph: fx.Graph, site: MergedSite) -> fx.Node:
         )  # fmt: skip
         begin = 0
         for member in site.members:
-            end = begin + member.rows
-            part = call(graph, aten.slice.Tensor, output, 1, begin, end, like=member.node)
-            member.node.replace_all_uses_with(part)
+            end = begin + member.tokens * member.rows
+            part = call(graph, aten.slice.Tensor, output, 0, begin, end, like=member.node)
+            shape = [member.tokens, member.rows]
+            rows = call(graph, aten.view.default, part, shape, like=member.node)
+            member.node.replace_all_uses_with(rows)
             begin = end
     return output
 

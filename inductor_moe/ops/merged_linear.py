@@ -13,6 +13,7 @@ from inductor_moe.ops.quant import quantized_linear_plain, triton_launches
 from inductor_moe.ops.quant_checks import check_linear
 
 MEMBERS = 4  # weights of a kind that one op takes
+MOST_ROWS = 16  # of x, which one block of a kernel holds; it takes more, in several
 
 
 @torch.library.custom_op("inductor_moe::merged_linear", mutates_args=())
@@ -24,7 +25,7 @@ def merged_linear(
     group_size: int,
     dense: Sequence[Tensor],
 ) -> Tensor:
-    """[x @ W.T for every W], side by side: the packed weights first, then the dense ones.
+    """[x @ W.T for every W], one after the other: the packed weights first, then the dense ones.
 
     x           [M, K]    bf16, fp16 or fp32
     packed      [N_i, .]  at most 4, of one dtype; as in `dequantize`
@@ -32,7 +33,7 @@ def merged_linear(
     zeros       [N_i, G]  one for each, or none at all
     group_size            of every packed weight
     dense       [D_j, K]  at most 4, in x.dtype; at least one weight in all
-    returns     [M, sum of N_i and D_j] in x.dtype; sums in fp32
+    returns     [M * sum of N_i and D_j] in x.dtype: [M, N_i] for each, contiguous; sums in fp32
     """
     check_merged(x, packed, scales, zeros, group_size, dense)
     if triton_launches(x) is not None:
@@ -45,7 +46,7 @@ def merged_linear(
 @merged_linear.register_fake
 def _(x: Tensor, packed: Sequence[Tensor], *rest: Any) -> Tensor:
     check_merged(x, packed, *rest)
-    return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in (*packed, *rest[-1])))
+    return x.new_empty(x.shape[0] * sum(weight.shape[0] for weight in (*packed, *rest[-1])))
 
 
 def merged_linear_plain(
@@ -61,7 +62,8 @@ def merged_linear_plain(
         quantized_linear_plain(x, w, s, zeros[i] if zeros else None, None, group_size)
         for i, (w, s) in enumerate(zip(packed, scales, strict=True))
     ]
-    return torch.cat([*parts, *(F.linear(x, weight) for weight in dense)], 1)
+    parts += [F.linear(x, weight) for weight in dense]
+    return torch.cat([part.reshape(-1) for part in parts])
 
 
 def check_merged(

@@ -38,7 +38,10 @@ from inductor_moe.compat import launches
 from inductor_moe.compat.launches import DEPENDENT, PLAIN
 from inductor_moe.config import Options
 from inductor_moe.kernels import delta_decode
+from inductor_moe.quant_tiles import QuantizedPlan
+from inductor_moe.tiles import GemmTile
 
+BATCH = QuantizedPlan(8, GemmTile(64, 128, 8, 4, 4), GemmTile(64, 128, 8, 4, 4))
 OTHERS_DEPENDENT = tl.constexpr(False)
 
 pytestmark = pytest.mark.skipif(
@@ -189,7 +192,9 @@ def launches_of_a_decode_step(monkeypatch):
     for found in (
         record_experts(SCHEMES["int4"], 1, H100),
         record_linear(SCHEMES["int4"], 1, H100),
+        record_linear(SCHEMES["int4"], 4, H100, 512),
         record_merged(SCHEMES["int4"], (8192, 4096), (32, 32)),
+        record_merged(SCHEMES["int4"], (8192, 4096), (32, 32), BATCH, 4),
     ):
         launches |= found
     return {made.fn.fn.__name__: (made, options) for made, options in launches.values()}
@@ -211,6 +216,7 @@ def test_dependent_kernels_compile_without_spills(capability, tmp_path, monkeypa
         assert ("griddepcontrol.launch_dependents" in late) == name.startswith("delta_decode")
         assert "griddepcontrol.launch_dependents" not in early
     assert {"delta_decode_kernel", "merged_linear_kernel", "moe_up_decode_kernel"} < set(found)
+    assert {"merged_rows_kernel", "quantized_slices_kernel"} < set(found)
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -94,16 +94,17 @@ def record_merged(
     scheme: Scheme,
     packed: tuple[int, ...],
     dense: tuple[int, ...],
-    tile: PartsTile | VectorTile = PARTS,
+    plan: QuantizedPlan | None = None,
+    tokens: int = 1,
 ) -> dict:
     launches: dict[str, Any] = {}
     weights = [empty(torch.Size([n, 2048]), torch.bfloat16, META, scheme) for n in packed]
     merged_linear_cuda(
-        torch.empty(1, 2048, dtype=torch.bfloat16, device=META),
+        torch.empty(tokens, 2048, dtype=torch.bfloat16, device=META),
         [w.packed for w in weights], [w.scales for w in weights],
         [w.zeros for w in weights if w.zeros is not None], scheme.group_size,
         [torch.empty(n, 2048, dtype=torch.bfloat16, device=META) for n in dense],
-        tile=tile, wrap=Recorder(launches),
+        plan=plan or QuantizedPlan(0, PARTS, PARTS), wrap=Recorder(launches),
     )  # fmt: skip
     return launches
 
@@ -142,6 +143,20 @@ def test_merged_layers_compile_without_spills(gpu):
         assert compiled(record_merged(SCHEMES["int4"], packed, dense), gpu)
 
 
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: "sm_{}{}".format(*gpu.capability))
+@pytest.mark.parametrize(("scheme", "tokens"), [("int4", 4), ("int4 zeros", 16), ("int8", 8)])
+def test_merged_layers_of_a_batch_compile_without_spills(scheme, tokens, gpu):
+    kind = SCHEMES[scheme]
+    for packed, dense in (((8192, 4096), (32, 32)), ((512, 512), (256, 1))):
+        layer = QuantizedLinear(sum(packed), 2048, kind.bits, kind.group_size)
+        plan = choose_quantized_plan(layer, tokens, gpu)
+        kernels = compiled(record_merged(kind, packed, dense, plan, tokens), gpu)
+        kernel = kernels["merged_rows_kernel"]
+        if gpu.capability == (9, 0):
+            # Weights and inputs of dense rows, weights and planes of packed ones: copied ahead.
+            assert instructions(kernel.asm["cubin"]).count("LDGSTS") >= 12
+
+
 VECTORS = {
     "int4": (2048, VectorTile(6, 6, 1)),
     "int4 zeros": (2048, VectorTile(6, 6, 1)),
@@ -158,7 +173,7 @@ def test_one_row_compiles_without_spills(name, gpu):
     plan = QuantizedPlan(0, tile, PARTS)
     launches = record_linear(scheme, 1, gpu, inputs=inputs, plan=plan)
     if inputs == 2048:
-        launches |= record_merged(scheme, (8192, 4096), (32, 32), tile)
+        launches |= record_merged(scheme, (8192, 4096), (32, 32), plan)
     kernels = compiled(launches, gpu)
     assert "quantized_vector_kernel" in kernels
     for kernel in kernels.values():

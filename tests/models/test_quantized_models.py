@@ -118,6 +118,31 @@ def test_decoding_gives_the_tokens_of_the_same_weights_unpacked(name):
     assert tokens["packed"] == tokens["plain"]
 
 
+def test_a_batch_reads_the_projections_of_one_input_at_once():
+    model, _, plain = quantised("qwen3_5_moe_text", "int4 rtn", "batched_mm")
+    exact = copy.deepcopy(plain).double()
+    logits = {}
+    for kind, module in (("exact", exact), ("plain", plain), ("packed", model)):
+        prompts, tokens = (
+            torch.cat([zoo.prompt(module, length, seed=seed) for seed in range(4)])
+            for length in (9, 1)
+        )
+        step = functools.partial(module, past_key_values=zoo.static_cache(module))
+        with torch.no_grad():
+            step(prompts)
+            if kind == "packed":
+                found, report = capture(step, tokens)
+            else:
+                found = step(tokens)
+        logits[kind] = found.logits
+    assert [site.detail for site in report.matched if site.rewrite == "linear.merged"] == [
+        "4 rows of 32 -> 128 + 64 + 4 + 4; int4 g32, torch.bfloat16",
+        "4 rows of 32 -> 64 + 16 + 16; int4 g32",
+    ]
+    error, budget = (relative_error(logits[k], logits["exact"]) for k in ("packed", "plain"))
+    assert error <= 2 * budget
+
+
 @pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_code_on_cpu(dynamic):
     model, _, plain = quantised("qwen3_moe", "int4 rtn", "grouped_mm")

@@ -14,16 +14,17 @@ import inductor_moe
 from inductor_moe.ops.merged_linear import merged_linear
 from inductor_moe.ops.merged_linear_cuda import merged_linear_cuda
 from inductor_moe.quant.fit import Scheme, quantize_weight
-from inductor_moe.quant_tiles import PartsTile, VectorTile
+from inductor_moe.quant_tiles import PartsTile, QuantizedPlan, VectorTile
 from inductor_moe.reference.quant import dequantize_reference
 from inductor_moe.testing import capture, relative_error
-from inductor_moe.tiles import generic_gpu
+from inductor_moe.tiles import GemmTile, generic_gpu
 
 SCHEMES = {
     "int4 g128": Scheme(4, 128, True, "rtn"),
     "int4 g32 zeros": Scheme(4, 32, False, "rtn"),
     "int8": Scheme(8, 0, True, "rtn"),
 }
+PARTS = PartsTile(16, 64, 4, 4, 2)
 ROWS = {  # packed, dense
     "one of each": ((16,), (1,)),
     "odd": ((41, 16, 5), (3, 7)),
@@ -53,19 +54,71 @@ def arguments(packed_rows, dense_rows, scheme, inputs, dtype=torch.bfloat16):
     return (*lists, scheme.group_size, dense), torch.cat(exact)
 
 
+def beside_nan(tokens, inputs, dtype=torch.bfloat16):
+    """Random rows [M, K] with columns of NaN beside them, which are no inputs."""
+    padded = torch.full((tokens, inputs + 8), math.nan, dtype=dtype)
+    return padded[:, :inputs].copy_(torch.randn(tokens, inputs))
+
+
+def one_after_the_other(x, exact, weights):
+    """What the op returns, in fp64."""
+    packed, *_, dense = weights
+    rows = [weight.shape[0] for weight in (*packed, *dense)]
+    return torch.cat([(x.double() @ part.T).reshape(-1) for part in exact.split(rows)])
+
+
+def interpreted(x, weights, plan):
+    """What the kernel writes, over NaN."""
+    empty = torch.empty
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+        return merged_linear_cuda(x, *weights, plan=plan, wrap=Interpreted)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-def test_kernel(monkeypatch, rows, scheme):
+def test_kernel(rows, scheme):
     torch.manual_seed(len(rows[0]))
     inputs = 256 if rows[1] else 200
     weights, exact = arguments(*rows, scheme, inputs)
-    padded = torch.full((2, inputs + 8), math.nan, dtype=torch.bfloat16)
-    x = padded[:, :inputs].copy_(torch.randn(2, inputs))
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
-    tile = PartsTile(16, 64, 4, 4, 2)
-    found = merged_linear_cuda(x, *weights, tile=tile, wrap=Interpreted)
-    assert relative_error(found, x.double() @ exact.T) <= 3e-3
+    x = beside_nan(1, inputs)
+    plan = QuantizedPlan(0, PARTS, PARTS)
+    found = interpreted(x, weights, plan)
+    assert relative_error(found, one_after_the_other(x, exact, weights)) <= 3e-3
+
+
+BATCHES = {  # name -> (rows of a block, tile, rows of x, dtype)
+    "whole rows": (8, GemmTile(32, 64, 8, 4, 2), 2, torch.bfloat16),
+    "a block and a row": (8, GemmTile(16, 128, 8, 4, 2), 9, torch.float16),
+    "slices": (16, GemmTile(16, 64, 8, 4, 2, parts=4), 13, torch.bfloat16),
+    "all rows in slices": (16, GemmTile(16, 128, 8, 8, 2, parts=8), 16, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_kernel_of_several_rows(rows, scheme, batch):
+    torch.manual_seed(len(rows[0]))
+    block_m, tile, tokens, dtype = BATCHES[batch]
+    inputs = 512 if rows[1] else 200
+    weights, exact = arguments(*rows, scheme, inputs, dtype)
+    x = beside_nan(tokens, inputs, dtype)
+    x[tokens // 2] = 0.0
+    plan = QuantizedPlan(block_m, tile, tile)
+    found = interpreted(x, weights, plan)
+    expected = one_after_the_other(x, exact, weights)
+    # Little but the rounding of the output.
+    rounding = relative_error(expected.to(dtype), expected)
+    assert relative_error(found, expected) <= rounding + 3e-4
+
+
+def test_dense_rows_of_odd_inputs():
+    weights, exact = arguments((), (1, 17, 1, 5), SCHEMES["int8"], 75)
+    x, tile = beside_nan(3, 75), GemmTile(16, 64, 8, 2, 2)
+    plan = QuantizedPlan(8, tile, tile)
+    found = interpreted(x, weights, plan)
+    assert relative_error(found, one_after_the_other(x, exact, weights)) <= 3e-3
 
 
 @pytest.mark.parametrize("scheme", ["int4 g128", "int4 g64 zeros"])
@@ -77,33 +130,50 @@ def test_kernel(monkeypatch, rows, scheme):
         (((9, 3), (1,)), 4096, VectorTile(2, 1, 2)),
     ],
 )
-def test_kernel_of_one_row(monkeypatch, rows, inputs, tile, scheme):
+def test_kernel_of_one_row(rows, inputs, tile, scheme):
     kind = Scheme(4, int(scheme.split()[1][1:]), "zeros" not in scheme, "rtn")
     weights, exact = arguments(*rows, kind, inputs)
-    padded = torch.full((1, inputs + 8), math.nan, dtype=torch.bfloat16)
-    x = padded[:, :inputs].copy_(torch.randn(1, inputs))
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
-    found = merged_linear_cuda(x, *weights, tile=tile, wrap=Interpreted)
-    assert relative_error(found, x.double() @ exact.T) <= 3e-3
+    x, plan = beside_nan(1, inputs), QuantizedPlan(0, tile, PARTS)
+    found = interpreted(x, weights, plan)
+    assert relative_error(found, one_after_the_other(x, exact, weights)) <= 3e-3
 
 
-@pytest.mark.parametrize(("tokens", "name"), [(1, "merged_vector"), (2, "merged_linear")])
-def test_only_one_row_is_multiplied_without_tensor_cores(monkeypatch, tokens, name):
-    weights, _ = arguments((33, 16), (2,), Scheme(4, 128, True, "rtn"), 2048)
+@pytest.mark.parametrize(("tokens", "packed", "name", "block_m", "parts"), [
+    (1, (33, 16), "merged_vector", None, 1), (1, (), "merged_linear", None, 8),
+    (2, (33, 16), "merged_rows", 8, 8), (16, (33, 16), "merged_rows", 16, 8),
+    (40, (33, 16), "merged_rows", 16, 8), (2, (1800, 1800), "merged_rows", 8, 1),
+    (3, (), "merged_rows", 8, 8),
+])  # fmt: skip
+def test_the_kernel_for_a_number_of_rows(monkeypatch, tokens, packed, name, block_m, parts):
+    """One row is multiplied without tensor cores, and layers narrow even together in slices."""
+    weights, _ = arguments(packed, (2,), Scheme(4, 128, True, "rtn"), 2048)
     launched = []
 
     class Named:
         def __init__(self, kernel):
-            launched.append(kernel.fn.__name__)
+            self.name = kernel.fn.__name__
 
         def __getitem__(self, grid):
-            return lambda *args, **kwargs: None
+            return lambda *args, **kwargs: launched.append((self.name, kwargs, grid[1:]))
 
     where = "inductor_moe.ops.merged_linear_cuda.gpu_of"
     monkeypatch.setattr(where, lambda index: generic_gpu((9, 0)))
     merged_linear_cuda(torch.randn(tokens, 2048).bfloat16(), *weights, wrap=Named)
-    assert launched == [f"{name}_kernel"]
+    ((found, constants, times),) = launched
+    assert found == f"{name}_kernel" and constants.get("BLOCK_M") == block_m
+    assert constants["PARTS"] == parts
+    # Weights are read once for each block of rows.
+    assert times in ((), (-(-tokens // (block_m or 1)),))
+
+
+def test_a_table_for_a_kernel_of_one_row_is_not_taken_for_more(monkeypatch):
+    weights, exact = arguments((33, 16), (2,), SCHEMES["int4 g128"], 256)
+    where = "inductor_moe.ops.merged_linear_cuda.choose_quantized_plan"
+    monkeypatch.setattr(where, lambda *_: QuantizedPlan(0, PARTS, PARTS))
+    for tokens in (1, 5):
+        x = beside_nan(tokens, 256)
+        found = interpreted(x, weights, None)
+        assert relative_error(found, one_after_the_other(x, exact, weights)) <= 3e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -112,7 +182,9 @@ def test_op(dtype):
     x = torch.randn(3, 96, dtype=dtype)
     torch.library.opcheck(merged_linear, (x, *weights))
     limit = 3e-3 if dtype is torch.bfloat16 else 1e-6
-    assert relative_error(merged_linear(x, *weights), x.double() @ exact.T) <= limit
+    found = merged_linear(x, *weights)
+    assert found.shape == (3 * 59,)
+    assert relative_error(found, one_after_the_other(x, exact, weights)) <= limit
 
 
 @pytest.mark.parametrize(
@@ -159,11 +231,12 @@ class Projections(nn.Module):
 
 @torch.no_grad()
 def merged_by(function, *args):
-    """(whether each of the outputs is right, descriptions of the merged sites)."""
+    """Descriptions of the merged sites; asserts that the outputs are eager's."""
     eager = function(*args)
     found, report = capture(function, *args)
     for output, expected in zip(found, eager, strict=True):
         assert output.shape == expected.shape and output.dtype == expected.dtype
+        assert output.stride() == expected.stride()
         assert relative_error(output, expected.double()) <= 1e-2
     return [site.detail for site in report.matched if site.rewrite == "linear.merged"]
 
@@ -172,6 +245,39 @@ def merged_by(function, *args):
 def test_layers_of_one_input_are_merged(shape):
     found = merged_by(Projections(), torch.randn(shape).bfloat16())
     assert found == ["64 -> 48 + 16 + 7 + 3; int4 g128, torch.bfloat16"]
+
+
+@pytest.mark.parametrize("shape", [(2, 64), (4, 1, 64), (2, 3, 64), (16, 64)], ids=str)
+def test_layers_of_a_batch_are_merged(shape):
+    rows = math.prod(shape[:-1])
+    found = merged_by(Projections(), torch.randn(shape).bfloat16())
+    assert found == [f"{rows} rows of 64 -> 48 + 16 + 7 + 3; int4 g128, torch.bfloat16"]
+
+
+def test_what_a_batch_reads_by_heads_is_no_copy():
+    """Rows stay contiguous, so that a view may join them with heads."""
+    layers = Projections()
+
+    def forward(x):
+        heads = layers.wide(x).view(4 * 6, 8)
+        return heads.softmax(-1), layers.key(x).view(4, 2, 8).transpose(0, 1)
+
+    assert merged_by(forward, torch.randn(4, 64).bfloat16()) == [
+        "4 rows of 64 -> 48 + 16; int4 g128"
+    ]
+
+
+def test_rows_of_two_sizes_in_one_tensor():
+    """A layer of 2 rows and one of 4 read the same tensor, and are not multiplied together."""
+    layers, other = Projections(), nn.Linear(32, 16, bias=False).bfloat16()
+    inductor_moe.quantize_(other, "int4", verbose=False)
+
+    def forward(x):
+        return other(x.view(4, 32)), layers.wide(x), layers.key(x)
+
+    x = torch.randn(2, 64).bfloat16()
+    assert merged_by(forward, x) == ["2 rows of 64 -> 48 + 16; int4 g128"]
+    assert merged_by(lambda x: forward(x)[:2], x) == []
 
 
 def test_a_group_in_the_middle_of_a_graph():
@@ -206,8 +312,10 @@ def test_weights_that_are_computed_after_the_first_layer(case):
         first = F.linear(x, weights[0].bfloat16() * scaled(weights[2], x))
         return first, F.linear(x, weights[1].bfloat16() * scaled(weights[3], first))
 
-    x = torch.randn(1, 64).bfloat16()
-    assert merged_by(forward, x, *codes.unbind(), *scales.unbind()) == expected
+    weights = *codes.unbind(), *scales.unbind()
+    assert merged_by(forward, torch.randn(1, 64).bfloat16(), *weights) == expected
+    expected = [f"3 rows of {site}" for site in expected]
+    assert merged_by(forward, torch.randn(3, 64).bfloat16(), *weights) == expected
 
 
 def test_the_same_layer_twice():
@@ -217,7 +325,9 @@ def test_the_same_layer_twice():
 
 
 NEAR_MISSES = {  # name -> (what is computed, width of x, rows of x)
-    "two rows": (lambda m, x: m(x), 64, 2),
+    "seventeen rows": (lambda m, x: m(x), 64, 17),
+    "no rows": (lambda m, x: m(x), 64, 0),
+    "dense layers of two rows": (lambda m, x: (m.odd(x), m.gate(x)), 64, 2),
     "a bias": (lambda m, x: (m.wide(x), m.biased(x)), 64, 1),
     "inputs of their own": (lambda m, x: (m.wide(x), m.key(x + 1)), 64, 1),
     "a part of the input": (lambda m, x: (m.wide(x[:, :64]), m.key(x[:, 64:])), 128, 1),
@@ -230,15 +340,24 @@ NEAR_MISSES = {  # name -> (what is computed, width of x, rows of x)
 @pytest.mark.parametrize("function, width, rows", NEAR_MISSES.values(), ids=NEAR_MISSES)
 def test_near_miss_is_left_alone(function, width, rows):
     layers = Projections()
-    assert merged_by(lambda x: function(layers, x), torch.randn(rows, width).bfloat16()) == []
+    for count in {rows, 4 if rows == 1 else rows}:
+        x = torch.randn(count, width).bfloat16()
+        assert merged_by(lambda x: function(layers, x), x) == []
 
 
-def test_packed_weights_of_two_kinds():
+def test_a_number_of_rows_that_may_change_is_left_alone():
+    x = torch.randn(4, 64).bfloat16()
+    torch._dynamo.mark_dynamic(x, 0, min=2, max=16)
+    assert merged_by(Projections(), x) == []
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_packed_weights_of_two_kinds(rows):
     layers, other = Projections(), nn.Linear(64, 24, bias=False).bfloat16()
     inductor_moe.quantize_(other, "int8", verbose=False)
-    x = torch.randn(1, 64).bfloat16()
-    found = merged_by(lambda x: (other(x), layers.wide(x), layers.key(x)), x)
-    assert found == ["64 -> 48 + 16; int4 g128"]
+    x = torch.randn(rows, 64).bfloat16()
+    (found,) = merged_by(lambda x: (other(x), layers.wide(x), layers.key(x)), x)
+    assert found.endswith("64 -> 48 + 16; int4 g128")
 
 
 def test_zero_points_of_two_dtypes():
