@@ -229,8 +229,9 @@ def linear_by_rule(layer: QuantizedLinear, rows: int, gpu: Gpu) -> QuantizedPlan
 
 def slices_by_rule(layer: QuantizedLinear, rows: int, gpu: Gpu) -> QuantizedPlan | None:
     """Slices of the inputs for the few rows of a narrow layer; None for others (measured on an
-    H100, 2 to 32 rows: 2048 outputs of 4096 inputs and 512 of 2048, but not 2048 of 512)."""
-    narrow = layer.outputs <= 32 * gpu.multiprocessors and layer.inputs >= 1024
+    H100, 2 to 16 rows: 2048 outputs of 4096 inputs and 512 of 2048, but not 4096 of 2048, nor 2048
+    of 512)."""
+    narrow = layer.outputs <= 16 * gpu.multiprocessors and layer.inputs >= 1024
     if gpu.capability[0] != 9 or rows > 16 or not narrow:
         return None
     step = step_of(128 if layer.bits == 4 else 64, layer.bits, layer.group_size)

@@ -131,7 +131,8 @@ def merged_rows_kernel(
                 )  # fmt: skip
             else:
                 acc = quantized_slices_tile(
-                    x, w, scales, zeros, x_row, row, exists, k_dim, k_slice, row_words, groups,
-                    stride_x, BITS, GROUP, HAS_ZEROS, EVEN, PARTS, BLOCK_M, BLOCK_N, BLOCK_K,
+                    x, w, scales, zeros, x_row, m < tokens, row, exists, k_dim, k_slice, row_words,
+                    groups, stride_x,
+                    BITS, GROUP, HAS_ZEROS, EVEN, PARTS, BLOCK_M, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
             store_rows(acc, out + before.to(tl.int64) * tokens, m, n, tokens, rows)

@@ -59,7 +59,7 @@ def parts_dot(
         row_left = tl.where(load_row, k_dim - k_first - start, 0)
         left = tl.where(load_column, k_dim - x_first - start, 0)[None, :] - first[:, None]
         acc, x_sum = packed_dot(
-            acc, no_sum, w_ptrs, x_ptrs, load_w, left,
+            acc, no_sum, w_ptrs, x_ptrs, load_w, left, None,
             scale_rows + group, zero_rows + group, row_left, BITS, GROUP, HAS_ZEROS, EVEN,
         )  # fmt: skip
         if GROUP == 0 and HAS_ZEROS:

@@ -98,6 +98,7 @@ def packed_dot(
     x_ptrs,  # [W, COLS] the inputs of the first plane
     load_w,  # [ROWS, W]
     left,  # [W, COLS] how many inputs are left from those of x_ptrs on
+    load_x,  # [1, COLS] those to read, zeros in the place of others; None: all
     scale_ptrs,  # [ROWS] of the first group
     zero_ptrs,
     row_left,  # [ROWS] how many inputs of the row are left; none, where there is no row
@@ -121,10 +122,13 @@ def packed_dot(
     part = acc if GROUP == 0 else tl.zeros_like(acc)
     x_sum = no_sum
     for plane in tl.static_range(PLANES):
-        if EVEN:
+        if load_x is None and EVEN:
             x = tl.load(x_ptrs + 16 * plane)
-        else:
+        elif load_x is None:
             x = tl.load(x_ptrs + 16 * plane, mask=left > 16 * plane, other=0.0)
+        else:
+            exists = load_x if EVEN else load_x & (left > 16 * plane)
+            x = tl.load(x_ptrs + 16 * plane, mask=exists, other=0.0)
         w = unpack_plane(words, plane, DTYPE) if BITS == 4 else words.to(DTYPE)
         part = tl.dot(w, x, part)
         if HAS_ZEROS:

@@ -49,7 +49,7 @@ def quantized_gemm_tile(
         # The last step may hold groups past the end; where all inputs exist this is constant.
         row_left = tl.where(exists, k_dim if EVEN else k_dim - start, 0)
         acc, x_sum = packed_dot(
-            acc, no_sum, w_ptrs, x_ptrs, load_w, (k_dim - start - first)[:, None],
+            acc, no_sum, w_ptrs, x_ptrs, load_w, (k_dim - start - first)[:, None], None,
             scale_ptrs + group, zero_ptrs + group, row_left,
             BITS, GROUP, HAS_ZEROS, EVEN,
         )  # fmt: skip

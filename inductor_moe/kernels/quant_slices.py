@@ -20,6 +20,7 @@ def quantized_slices_tile(
     scales,  # [N, groups]
     zeros,
     a_row,  # [BLOCK_M] int64, rows of a
+    load_a,  # [BLOCK_M] those that exist
     n,  # [BLOCK_N] rows of w
     exists,  # [BLOCK_N]
     k_dim,
@@ -62,7 +63,8 @@ def quantized_slices_tile(
         row_left = tl.where(exists[None, :], k_dim if EVEN else k_left[:, None], 0)
         acc, x_sum = packed_dot(
             acc, no_sum, w_ptrs, x_ptrs, load_w, (k_left[:, None] - first[None, :])[:, :, None],
-            scale_ptrs + group, zero_ptrs + group, row_left, BITS, GROUP, HAS_ZEROS, EVEN,
+            load_a[None, None, :], scale_ptrs + group, zero_ptrs + group, row_left,
+            BITS, GROUP, HAS_ZEROS, EVEN,
         )  # fmt: skip
         if GROUP == 0 and HAS_ZEROS:
             total += x_sum
@@ -111,10 +113,11 @@ def quantized_slices_kernel(
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = n < n_dim
-    # Rows past the end repeat the last: no mask in the loop, and not stored.
+    # Rows of w past the end repeat the last and are not stored. Rows of x are not read again: many
+    # warps of all programs would ask L2 for the same lines.
     acc = quantized_slices_tile(
-        x, w, scales, zeros, tl.minimum(m, tokens - 1).to(tl.int64), tl.minimum(n, n_dim - 1),
-        exists, k_dim, k_slice, row_words, groups, stride_x,
+        x, w, scales, zeros, tl.minimum(m, tokens - 1).to(tl.int64), m < tokens,
+        tl.minimum(n, n_dim - 1), exists, k_dim, k_slice, row_words, groups, stride_x,
         BITS, GROUP, HAS_ZEROS, EVEN, PARTS, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if HAS_BIAS:

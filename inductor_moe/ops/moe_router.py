@@ -18,7 +18,8 @@ from inductor_moe.ops.moe_route import (
 )
 
 MAX_HIDDEN = 8192
-MAX_TOKENS = 16  # more make better use of separate launches
+MAX_TOKENS = 16
+MAX_READ = 16 * 2048  # channels of all tokens: more are faster apart
 COUNTERS = 2048  # tokens of the routers of one graph
 
 
@@ -254,4 +255,4 @@ def moe_router_cuda(
 
 def _tile(tokens: int, block: int) -> tuple[int, int]:
     """(logits of a program, its warps): several tokens share L2, so more is made of a load."""
-    return (1, max(1, block // 2048)) if tokens == 1 else (4, max(1, block // 1024))
+    return (1 if tokens == 1 else 4), max(1, block // 2048)

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from inductor_moe.ops.moe_route import moe_route
-from inductor_moe.ops.moe_router import COUNTERS, MAX_HIDDEN, MAX_TOKENS, moe_router
+from inductor_moe.ops.moe_router import COUNTERS, MAX_HIDDEN, MAX_READ, MAX_TOKENS, moe_router
 from inductor_moe.patterns.norm import RmsNorm, read_rms_norm
 from inductor_moe.patterns.rewrite import Refusal, Rewrite
 from inductor_moe.patterns.walk import (
@@ -99,6 +99,9 @@ def walk(route: fx.Node) -> GateSite:
     hidden = sizes(router)[1]
     if hidden > MAX_HIDDEN or dtype(x) != dtype(router):
         raise Refusal(f"the router reads {hidden} channels of {dtype(x)}")
+    tokens = sizes(route.args[0])[0]
+    if tokens > 1 and tokens * hidden > MAX_READ:
+        raise Refusal(f"{tokens} tokens of {hidden} channels are faster in launches of their own")
     norm = read_rms_norm(x) if same(sizes(x)[-1], hidden) else None
     if norm is not None and not _is_given(norm.weight):
         norm = None

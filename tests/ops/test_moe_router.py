@@ -11,6 +11,7 @@ from kernels.interpreted import Interpreted
 from torch import nn
 
 from inductor_moe.ops.moe_router import moe_router, moe_router_cuda, moe_router_plain
+from inductor_moe.patterns.moe import gate
 from inductor_moe.testing import capture, relative_error
 
 ROUTES = {
@@ -22,11 +23,11 @@ ROUTES = {
 
 def arguments(hidden, experts, route, dtype, residual=True, norm=True, gate=True, tokens=1):
     """The op's arguments; logits far enough apart that rounding hardly changes a choice."""
-    signs = torch.randn(1, hidden).sign()
-    flips = torch.tensor([1, -1])[torch.arange(tokens) % 2, None]
-    x = torch.rand(tokens, hidden) * signs * flips * 2
-    router = torch.randn(experts, hidden) / hidden**0.5 / 8
-    router += torch.randperm(experts)[:, None] / experts * signs / hidden**0.5 * 2
+    # a pattern of signs for even tokens and one for odd ones, each with its order of experts
+    signs = torch.randn(2, hidden).sign()
+    x = torch.rand(tokens, hidden) * signs[torch.arange(tokens) % 2] * 2
+    order = torch.stack([torch.randperm(experts) + 1 for _ in range(2)]) / experts
+    router = torch.randn(experts, hidden) / hidden / 8 + (order**16).T @ signs * 8 / hidden
     route = [torch.randn(experts) / 8 if option == "bias" else option for option in route]
     return (
         (x / 2).to(dtype) if residual else x.to(dtype),
@@ -222,13 +223,17 @@ def test_what_is_put_in_place(norm, said, dtype, tokens):
 
 
 @torch.no_grad()
-def test_many_tokens_and_computed_weights_are_left_alone():
+def test_many_tokens_and_computed_weights_are_left_alone(monkeypatch):
     block = Block()
     for tokens, sites in ((16, 1), (17, 0)):
         x, residual = torch.randn(2, tokens, 1, forms.HIDDEN).unbind(0)
         _, report = capture(block, x, residual)
         found = [site for site in report.matched if site.rewrite == "moe.router"]
         assert len(found) == sites
+    with monkeypatch.context() as patch:
+        patch.setattr(gate, "MAX_READ", 15 * forms.HIDDEN)
+        _, report = capture(block, x[:16], residual[:16])
+        assert not [site for site in report.matched if site.rewrite == "moe.router"]
     _, report = capture(block, x, residual, dynamic=True)
     assert not [site for site in report.matched if site.rewrite == "moe.router"]
 
