@@ -124,13 +124,17 @@ class Generation:
         return "\n".join(lines)
 
 
+def _order(row: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(row["size"].get(name, 0) for name in ("batch", "prompt", "decode"))
+
+
 def load_generations(folder: Path = RESULTS) -> list[Generation]:
     """What `inductor-moe bench generate` has left."""
     found: dict[tuple[str, str, str], Generation] = {}
     for path in sorted(folder.glob("*.json")):
         held = json.loads(path.read_text())
         rows = [row for row in held["rows"] if len(row.get("size", ())) > 1]
-        for row in sorted(rows, key=lambda row: sorted(row["size"].items(), reverse=True)):
+        for row in sorted(rows, key=_order):
             key = (path.name, row["op"], row["model"])
             versions = ", ".join(f"{n} {held['versions'][n]}" for n in ("torch", "triton"))
             origin = f"one {held['gpu']}; {versions}, commit {held['commit'][:9]}"
