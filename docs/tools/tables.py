@@ -22,7 +22,8 @@ BEGIN, END = "<!-- benchmarks: made by docs/tools/tables.py -->", "<!-- end of b
 SUPPORT = ROOT / "docs" / "data" / "support.json"
 SUPPORT_BEGIN = "<!-- support: made by docs/tools/tables.py -->"
 SUPPORT_END = "<!-- end of support -->"
-NAMES = {"ours": "inductor_moe", "inductor": "Inductor", "eager": "eager", "fla": "fla"}
+NAMES = {"ours": "inductor_moe", "inductor": "Inductor", "eager": "eager", "fla": "fla",
+         "liger": "Liger"}  # fmt: skip
 
 
 @dataclasses.dataclass

@@ -77,7 +77,8 @@ def layers(
         typer.Option(help="Whose layers to time, qwen3.5-35b-a3b if none; again for more."),
     ] = None,
     against: Annotated[
-        str, typer.Option(help="Other providers, of inductor, eager and fla; comma-separated.")
+        str,
+        typer.Option(help="Other providers, of inductor, eager, fla and liger; comma-separated."),
     ] = "inductor",
     sizes: Annotated[
         str, typer.Option(help="Tokens or batches, comma-separated; each op's own list if none.")

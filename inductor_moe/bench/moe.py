@@ -128,6 +128,25 @@ def block_cases(model: str, device: str, sizes: list[int]) -> Iterator[Case]:
         )  # fmt: skip
 
 
+def liger_experts(experts: Any) -> Callable[..., Tensor]:
+    """Liger's fused experts on the same weights."""
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    def call(x: Tensor, ids: Tensor, share: Tensor) -> Tensor:
+        weights = (experts.gate_up_proj, experts.down_proj)
+        return LigerFusedMoEFunction.apply(x, *weights, ids.int(), share)  # type: ignore[no-any-return]
+
+    return call
+
+
+def liger_serves(experts: Any) -> bool:
+    """Whether the experts are what Liger's function computes: silu, no bias, rows of outputs."""
+    up, down = experts.gate_up_proj, experts.down_proj
+    plain = not any("bias" in name for name, _ in experts.named_parameters())
+    silu = experts.config.hidden_act in ("silu", "swish")
+    return plain and silu and up.shape[1:] == (2 * down.shape[2], down.shape[1])
+
+
 def experts_cases(model: str, device: str, sizes: list[int]) -> Iterator[Case]:
     shape = model_named(model).moe
     if shape is None:
@@ -154,6 +173,7 @@ def experts_cases(model: str, device: str, sizes: list[int]) -> Iterator[Case]:
             op="moe-experts", model=model, size={"tokens": tokens}, call=experts, inputs=inputs,
             expected=expected, rows=rows, bytes=moved,
             flops=2 * tokens * shape.top_k * shape.expert_parameters(),
+            peers={"liger": lambda: liger_experts(experts)} if liger_serves(experts) else {},
         )  # fmt: skip
 
 

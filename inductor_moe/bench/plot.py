@@ -8,8 +8,9 @@ from typing import Any
 from inductor_moe.bench.results import Results
 from inductor_moe.errors import InductorMoeError
 
-MARKERS = {"ours": "o", "inductor": "s", "eager": "v", "fla": "D"}
-NAMES = {"ours": "inductor_moe", "inductor": "Inductor", "eager": "eager", "fla": "fla"}
+MARKERS = {"ours": "o", "inductor": "s", "eager": "v", "fla": "D", "liger": "^"}
+NAMES = {"ours": "inductor_moe", "inductor": "Inductor", "eager": "eager", "fla": "fla",
+         "liger": "Liger"}  # fmt: skip
 
 
 def roofline(results: Results, path: Path) -> None:

@@ -11,7 +11,10 @@ import torch
 
 from inductor_moe.bench.case import Case
 
-PROVIDERS = ("ours", "inductor", "eager", "fla")
+PROVIDERS = ("ours", "inductor", "eager", "fla", "liger")
+MODULES = {"fla": "fla", "liger": "liger_kernel"}
+# Why no CUDA graph holds a provider's calls.
+UNCAPTURED = {"liger": "no CUDA graph: it waits for the routing on the host"}
 BACKENDS = {"ours": "inductor_moe", "inductor": "inductor"}
 
 
@@ -23,7 +26,7 @@ def absence(name: str, case: Case) -> str | None:
         return None
     if name not in case.peers:
         return f"has no {case.op}"
-    if importlib.util.find_spec(name) is None:
+    if importlib.util.find_spec(MODULES[name]) is None:
         return "not installed"
     return None
 

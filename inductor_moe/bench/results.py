@@ -27,7 +27,7 @@ class Row:
     error       relative to float64 (whole models: fp32), like eager_error; None if it never ran
     compile_s   seconds of the first call, compilation included
     of_ceiling  least possible time over `us`, by the larger of bytes and FLOPs
-    note        why there is no time
+    note        why there is no time, or no CUDA graph
     kernels     of a call, where it is one CUDA graph
     peak_bytes  the most memory in use while it was compiled and run, weights included
     """
@@ -108,7 +108,8 @@ def merged(found: Sequence[Results], ops: Sequence[str], models: Sequence[str]) 
 def versions() -> dict[str, str]:
     import importlib.metadata as metadata
 
-    names = ("torch", "triton", "transformers", "inductor-moe", "flash-linear-attention")
+    names = ("torch", "triton", "transformers", "inductor-moe", "flash-linear-attention",
+             "liger-kernel")  # fmt: skip
     found = {}
     for name in names:
         try:

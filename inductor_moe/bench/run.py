@@ -104,11 +104,13 @@ def measure(case: Case, names: Sequence[str], best: ceilings.Ceilings) -> Iterat
                 note = "wrong" if wrong else "nothing was fused"
                 yield Row(**common, error=error, compile_s=seconds, note=note)
                 continue
-            us, iqr = timing.microseconds(call, case.inputs)
+            note = providers.UNCAPTURED.get(name, "")
+            us, iqr = timing.microseconds(call, case.inputs, captured=not note)
         except Exception as problem:
             first = (str(problem).splitlines() or [""])[0]
             yield Row(**common, note=f"{type(problem).__name__}: {first}"[:200])
             continue
         yield Row(
-            **common, us=us, iqr_us=iqr, error=error, compile_s=seconds, of_ceiling=least / us
-        )
+            **common, us=us, iqr_us=iqr, error=error, compile_s=seconds, of_ceiling=least / us,
+            note=note,
+        )  # fmt: skip

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.machinery
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from inductor_moe.bench import case, delta, moe, providers, results, run, shapes
 from inductor_moe.bench.ceilings import Ceilings
 from inductor_moe.cli import app
 from inductor_moe.errors import InductorMoeError
+from inductor_moe.reference.moe import moe_experts_reference
 
 BEST = Ceilings(3e12, 3e12, 8e14)
 
@@ -52,6 +56,29 @@ def test_eager_agrees_with_the_reference(name, size, monkeypatch):
     chosen = only(run.OPS[name].cases("tiny", "cpu", [size]))
     row = only(run.measure(chosen, ["eager"], BEST))
     assert row.us > 0 and row.error < 2e-2
+
+
+@torch.no_grad()
+def test_experts_of_liger(monkeypatch):
+    """A module in Liger's place, with its function's arguments and layouts."""
+    chosen = only(run.OPS["moe-experts"].cases("tiny", "cpu", [5]))
+    row = only(run.measure(chosen, ["liger"], BEST))
+    assert row.us is None and row.note == "not installed"
+
+    def fused(x, up, down, ids, share):
+        assert ids.dtype == torch.int32
+        return moe_experts_reference(x, up, down, ids.long(), share, None, None, "silu", "chunked")
+
+    for name in ("liger_kernel", "liger_kernel.ops", "liger_kernel.ops.fused_moe"):
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        module.LigerFusedMoEFunction = types.SimpleNamespace(apply=fused)
+        monkeypatch.setitem(sys.modules, name, module)
+    row = only(run.measure(chosen, ["liger"], BEST))
+    assert row.us > 0 and row.error <= 2 * row.eager_error
+    assert row.note == "no CUDA graph: it waits for the routing on the host"
+    chosen.call.down_bias = torch.nn.Parameter(torch.zeros(1))
+    assert not moe.liger_serves(chosen.call)
 
 
 @torch.no_grad()
