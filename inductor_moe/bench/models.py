@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from inductor_moe.errors import InductorMoeError
 from inductor_moe.quant.modules import buffers_of, packed_modules, slots_of
 from inductor_moe.quant.quantize import randomize_
 
 SCHEMES = ("int4", "int8", "none")
+QUERIES = 1024  # of a block whose scores are held at once
 RESIDUAL = ("o_proj", "out_proj", "down_proj")  # what adds to the residual stream
 
 
@@ -140,8 +144,14 @@ def _balance(model: Any) -> None:
 
 @contextlib.contextmanager
 def widened(model: Any) -> Iterator[None]:
-    """Run the model's own values in fp32, one layer at a time, so that one copy fits."""
+    """Run the model's own values in fp32, one layer at a time, so that one copy fits.
+
+    Scores of a long prompt, which no fused kernel of PyTorch's computes in fp32 with
+    fewer heads of keys than of queries, are held a block of queries at a time.
+    """
+    attend = functools.partial(_attend_by_blocks, F.scaled_dot_product_attention)
     with contextlib.ExitStack() as undo:
+        undo.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attend))
         for part in (model.model.embed_tokens, model.model.norm, model.lm_head):
             undo.callback(_widen(part))
         held: dict[nn.Module, Any] = {}
@@ -156,6 +166,29 @@ def widened(model: Any) -> Iterator[None]:
             undo.callback(layer.register_forward_pre_hook(enter).remove)
             undo.callback(layer.register_forward_hook(leave, always_call=True).remove)
         yield
+
+
+def _attend_by_blocks(
+    attend: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
+) -> Tensor:
+    """Causal attention, a block of queries after the other where there are more; others whole."""
+    tokens = query.shape[-2]
+    if args or not options.get("is_causal") or tokens != key.shape[-2] or tokens <= QUERIES:
+        whole: Tensor = attend(query, key, value, *args, **options)
+        return whole
+    options["is_causal"] = False
+    position = torch.arange(tokens, device=query.device)
+    parts = [
+        attend(
+            query[..., first : first + QUERIES, :],
+            key[..., : first + QUERIES, :],
+            value[..., : first + QUERIES, :],
+            **{**options, "attn_mask": position[first : first + QUERIES, None]
+               >= position[None, : first + QUERIES]},
+        )
+        for first in range(0, tokens, QUERIES)
+    ]  # fmt: skip
+    return torch.cat(parts, -2)
 
 
 def _widen(part: nn.Module) -> Any:

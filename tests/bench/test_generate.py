@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from typer.testing import CliRunner
 
 from inductor_moe import kernels as our_kernels
@@ -186,6 +187,29 @@ def test_the_same_values_in_fp32_and_back():
     assert 0.01 < wide.std() < 10
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])
+
+
+@torch.no_grad()
+def test_fp32_attends_by_blocks_of_queries(monkeypatch):
+    torch.manual_seed(3)
+    model = models.build("tiny", "none", "cpu")
+    ids = torch.randint(512, (2, 37))
+    shapes = []
+    attend = F.scaled_dot_product_attention
+
+    def watched(query, *args, **options):
+        shapes.append(tuple(query.shape[-2:]))
+        return attend(query, *args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    with models.widened(model):
+        whole = model(ids, use_cache=False).logits
+    monkeypatch.setattr(models, "QUERIES", 10)
+    with models.widened(model):
+        parts = model(ids, use_cache=False).logits
+    assert [tokens for tokens, _ in shapes] == [37, 10, 10, 10, 7]
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+    assert F.scaled_dot_product_attention is watched
 
 
 def test_a_profile_sums_up():
