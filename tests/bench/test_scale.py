@@ -122,7 +122,9 @@ def test_bytes_are_those_of_the_published_rows(published, qwen):
         drawn = 1 < tokens < 1024
         assert floor == pytest.approx(row.bytes, rel=0.1 if drawn else 1e-3), tokens
     rank = Rank(qwen, "int4")
-    for row in rows(published, "decode"):
+    one = [row for row in rows(published, "decode") if row.size["batch"] == 1]
+    assert one
+    for row in one:
         filled = row.size["prompt"] + row.size["decode"] / 2
         used = (rank.expert() * qwen.top_k + rank.every_token()).bytes * qwen.layers
         layers = rank.attention().bytes * qwen.attention_layers
@@ -134,14 +136,16 @@ def test_bytes_are_those_of_the_published_rows(published, qwen):
 def test_one_rank_is_the_measured_gpu(published, qwen):
     for row in rows(published, "decode"):
         context = row.size["prompt"] + row.size["decode"] // 2
-        setup = Setup("int4", batch=1, context=context, prompt=2048)
+        setup = Setup("int4", batch=row.size["batch"], context=context, prompt=2048)
         found = Scale(qwen, QWEN, published, setup)
         one = found.predict(1)
         assert one.decode.seconds == pytest.approx(row.us * 1e-6, rel=1e-12)
         (prefill,) = rows(published, "prefill")
         assert one.prefill.seconds == pytest.approx(prefill.us * 1e-6, rel=1e-12)
         assert one.decode.excess > 0 and one.decode.links == 0 and found.notes == []
-        assert 0.9 < one.memory / row.peak_bytes < 1
+        # What prompts of a batch take while they are read is no part of a decode step's memory.
+        least = 0.9 if row.size["batch"] == 1 else 0.8
+        assert least < one.memory / row.peak_bytes < 1
 
 
 def test_one_rank_has_the_measured_layers(published, qwen):
