@@ -128,6 +128,19 @@ def test_linear(plan, scheme):
     assert relative_error(found, reference) <= LIMIT
 
 
+def product(x, weight, kind, bias, plan):
+    """The layer's output, which has little but the rounding that one large output has."""
+    found = quant_cuda.quantized_linear_cuda(
+        x, *arguments(weight, kind)[:3], bias, kind.group_size, plan=plan, wrap=Interpreted
+    )
+    reference = x.double() @ exact(weight, kind, x.shape[1]).T
+    reference += 0.0 if bias is None else bias.double()
+    assert found.dtype == x.dtype
+    rounding = relative_error(reference.to(x.dtype), reference)
+    assert relative_error(found, reference) <= rounding + LIMIT / 10
+    return found
+
+
 @pytest.mark.parametrize(
     ("tile", "scheme", "shape", "dtype"),
     [
@@ -148,15 +161,7 @@ def test_one_row_without_tensor_cores(tile, scheme, shape, dtype, far):
         weight.packed[0], weight.packed[1] = -1, 0  # all codes 15, all codes 0
     plan = QuantizedPlan(0, tile, PLANS["parts-8"].down)
     for own in (bias, None):
-        found = quant_cuda.quantized_linear_cuda(
-            x, *arguments(weight, kind)[:3], own, kind.group_size, plan=plan, wrap=Interpreted
-        )
-        reference = x.double() @ exact(weight, kind, shape[1]).T
-        reference += 0.0 if own is None else own.double()
-        assert found.dtype == dtype
-        # Little but the rounding of the output, which is all that one large output has.
-        rounding = relative_error(reference.to(dtype), reference)
-        assert relative_error(found, reference) <= rounding + LIMIT / 10
+        product(x, weight, kind, own, plan)
 
 
 def test_one_row_without_tensor_cores_refuses_what_it_cannot_read():
@@ -198,15 +203,7 @@ def test_a_few_rows(block_m, tile, scheme, shape, tokens, dtype, far):
         weight.packed[0], weight.packed[1] = -1, 0  # all codes 15, all codes 0
     plan = QuantizedPlan(block_m, tile, tile)
     for own in (bias, None):
-        found = quant_cuda.quantized_linear_cuda(
-            x, *arguments(weight, kind)[:3], own, kind.group_size, plan=plan, wrap=Interpreted
-        )
-        reference = x.double() @ exact(weight, kind, shape[1]).T
-        reference += 0.0 if own is None else own.double()
-        assert found.dtype == dtype
-        # Little but the rounding of the output, which is all that one large output has.
-        rounding = relative_error(reference.to(dtype), reference)
-        assert relative_error(found, reference) <= rounding + LIMIT / 10
+        found = product(x, weight, kind, own, plan)
     assert not found[tokens // 2].any()
 
 
