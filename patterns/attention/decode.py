@@ -41,6 +41,8 @@ ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu.default: False,
     aten._scaled_dot_product_fused_attention_overrideable.default: False,
 }
+# What stands for -inf where PyTorch hands a bool mask to cuDNN, before it is rounded to the dtype.
+CUDNN_HIDDEN = -65504.0
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
@@ -104,7 +106,8 @@ def walk(anchor: fx.Node) -> AttentionSite:
         k, v = cache
     mask = given.get("attn_bias", given.get("attn_mask"))
     if mask is not None:
-        mask = _read_mask(mask, sizes(q)[0], sizes(k)[2])
+        cudnn = is_call(anchor, aten._scaled_dot_product_cudnn_attention.default)
+        mask = _read_mask(mask, sizes(q)[0], sizes(k)[2], cudnn)
     scale = given["scale"]
     scale = sizes(q)[3] ** -0.5 if scale is None else number(scale)
     if scale is None:
@@ -167,15 +170,19 @@ def _unrepeated(node: fx.Node) -> fx.Node:
     return once if same_sizes(sizes(once), wanted) else node
 
 
-def _read_mask(mask: fx.Node, batch: Any, length: Any) -> fx.Node:
-    """What broadcasts to the mask; bool where the mask is 0 and -inf by a condition."""
+def _read_mask(mask: fx.Node, batch: Any, length: Any, cudnn: bool) -> fx.Node:
+    """What broadcasts to the mask; bool where the mask is 0 and -inf by a condition.
+
+    Of a bool mask cuDNN's attention gets 0 and the lowest number of float16. A row that hides
+    everything is then zeros, as everywhere else; cuDNN made it attend to everything.
+    """
     node = mask
     while True:
         if is_call(node, *COPIES) or is_call(node, aten.expand.default):
             node = node.args[0]
         elif _is_unpadded(node):
             node = node.args[0].args[0]
-        elif _is_condition(node):
+        elif _is_condition(node, cudnn):
             node = node.args[0]
         else:
             break
@@ -190,13 +197,16 @@ def _read_mask(mask: fx.Node, batch: Any, length: Any) -> fx.Node:
     return node
 
 
-def _is_condition(node: fx.Node) -> bool:
-    """Whether node is 0 where a bool tensor holds and -inf elsewhere."""
+def _is_condition(node: fx.Node, cudnn: bool) -> bool:
+    """Whether node is 0 where a bool tensor holds and -inf, or what cuDNN gets, elsewhere."""
+    hidden = [float("-inf")]
+    if cudnn:
+        hidden.append(torch.tensor(CUDNN_HIDDEN, dtype=dtype(node)).item())
     return (
         is_call(node, aten.where.self)
         and dtype(node.args[0]) == torch.bool
         and is_number(node.args[1], 0)
-        and is_number(node.args[2], float("-inf"))
+        and any(is_number(node.args[2], value) for value in hidden)
     )
 
 

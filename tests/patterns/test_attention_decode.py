@@ -152,6 +152,26 @@ def test_a_padded_mask_is_read_before_its_padding():
     assert op_arguments(function, *arguments)[3].dtype == torch.bool
 
 
+@pytest.mark.parametrize("form", [cudnn, efficient])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("hidden", [-65504.0, -65536.0, -60000.0, "lowest"])
+def test_a_bool_mask_as_cudnn_gets_it(form, dtype, hidden):
+    arguments = (*draw(dtype=dtype), keep_of())
+    if hidden == "lowest":
+        hidden = torch.finfo(dtype).min
+    rounded = torch.tensor(hidden, dtype=dtype).item()
+
+    def function(q, k, v, keep):
+        mask = torch.where(
+            keep, torch.full([], 0.0, dtype=dtype), torch.full([], rounded, dtype=dtype)
+        )
+        return form(q, repeat(k), repeat(v), mask.expand(B, HQ, 1, L))[0]
+
+    read = op_arguments(function, *arguments)[3].dtype
+    handed = form is cudnn and rounded == torch.tensor(-65504.0, dtype=dtype).item()
+    assert read == (torch.bool if handed or rounded == -INF else dtype)
+
+
 MASKS = {
     "lowest number": lambda keep: torch.where(keep, 0.0, torch.finfo(torch.float32).min),
     "the other way round": lambda keep: torch.where(keep, -INF, 0.0),
