@@ -14,7 +14,7 @@ def norm_rope_kernel(
     k,  # [B, HK, D]
     q_weight,  # [D] contiguous, with NORM
     k_weight,
-    cos,  # [R]
+    cos,  # [R], or [B, R]
     sin,
     q_out,  # [B, HQ, D] contiguous, written
     k_out,  # [B, HK, D]
@@ -24,8 +24,10 @@ def norm_rope_kernel(
     q_h,
     k_b,
     k_h,
-    stride_cos,
-    stride_sin,
+    cos_b,
+    cos_r,
+    sin_b,
+    sin_r,
     EPS: tl.constexpr,
     OFFSET: tl.constexpr,
     NORM: tl.constexpr,
@@ -56,7 +58,7 @@ def norm_rope_kernel(
         value = (value * scale * own_weight).to(out.dtype.element_ty).to(tl.float32)
         other = (other * scale * other_weight).to(out.dtype.element_ty).to(tl.float32)
     rotated = d < R
-    c = tl.load(cos + d * stride_cos, mask=rotated, other=1.0).to(tl.float32)
-    s = tl.load(sin + d * stride_sin, mask=rotated, other=0.0).to(tl.float32)
+    c = tl.load(cos + batch * cos_b + d * cos_r, mask=rotated, other=1.0).to(tl.float32)
+    s = tl.load(sin + batch * sin_b + d * sin_r, mask=rotated, other=0.0).to(tl.float32)
     value = value * c + tl.where(d < HALF, -other, other) * s
     tl.store(out + d, value.to(out.dtype.element_ty), mask=inside)

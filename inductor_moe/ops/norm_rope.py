@@ -42,10 +42,12 @@ def check_norm_rope(
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None and tuple(weight.shape) != (dim,):
             raise ValueError(f"{op}: {name} has shape {list(weight.shape)}; it must be [{dim}].")
-    if cos.dim() != 1 or cos.shape != sin.shape or cos.shape[0] > dim or cos.shape[0] % 2:
+    rows = (q.shape[0],) if cos.dim() == 2 else ()
+    fits = 1 <= cos.dim() <= 2 and cos.shape[:-1] == rows and cos.shape[-1] <= dim
+    if not fits or cos.shape != sin.shape or cos.shape[-1] % 2:
         raise ValueError(
             f"{op}: cos and sin have shapes {list(cos.shape)} and {list(sin.shape)}; they must "
-            f"be alike and [R], R even and at most {dim}."
+            f"be alike and [R] or [{q.shape[0]}, R], R even and at most {dim}."
         )
 
 
@@ -66,7 +68,7 @@ def norm_rope(
     k         [B, Hkv, D]  q.dtype
     q_weight  [D]          any float, and k_weight; both None: no norm. The norm is
                            x * rsqrt(mean(x^2) + eps) * (weight + offset)
-    cos, sin  [R]          any float, R even: channel i < R / 2 is rotated with i + R / 2
+    cos, sin  [R] or [B, R]  any float, R even: channel i < R / 2 is rotated with i + R / 2
     returns both as they came, contiguous. Source: Su et al., arXiv:2104.09864.
     """
     check_norm_rope(q, k, q_weight, k_weight, cos, sin)
@@ -100,7 +102,9 @@ def norm_rope_plain(
     sin: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """`norm_rope` in aten, traceable."""
-    half = cos.shape[0] // 2
+    if cos.dim() == 2:
+        cos, sin = cos[:, None], sin[:, None]
+    half = cos.shape[-1] // 2
     wide = torch.promote_types(q.dtype, torch.float32)
 
     def one(x: Tensor, weight: Tensor | None) -> Tensor:
@@ -140,8 +144,13 @@ def norm_rope_cuda(
         q if q_weight is None else q_weight.contiguous(),
         k if k_weight is None else k_weight.contiguous(),
         cos, sin, q_out, k_out, heads, k.shape[1],
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), cos.stride(0), sin.stride(0),
-        EPS=eps, OFFSET=offset, NORM=q_weight is not None, D=dim, R=cos.shape[0], BLOCK_D=block,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), *_steps(cos), *_steps(sin),
+        EPS=eps, OFFSET=offset, NORM=q_weight is not None, D=dim, R=cos.shape[-1], BLOCK_D=block,
         num_warps=max(1, block // 256),
     )  # fmt: skip
     return q_out, k_out
+
+
+def _steps(table: Tensor) -> tuple[int, int]:
+    """From a row of the batch to the next, and from a channel."""
+    return (table.stride(0) if table.dim() == 2 else 0), table.stride(-1)

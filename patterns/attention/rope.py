@@ -59,7 +59,7 @@ class RopeSite:
     def describe(self) -> str:
         batch, _, heads, dim = sizes(self.q.x)
         norm = ", norm" if self.q.norm else ""
-        rotated = without_ones(sizes(self.q.cos))[0]
+        rotated = sizes(self.q.cos)[-1]
         return f"B={batch} Hq={heads} Hkv={sizes(self.k.x)[2]} D={dim} R={rotated}{norm}"
 
 
@@ -105,7 +105,7 @@ def _rotation(node: fx.Node) -> Rotation:
     if width % 2 or shape[3] > MAX_HEAD_DIM or not plain_binary(turned, aten.add.Tensor):
         raise Refusal(f"{node.name} is no rotation")
     for along, across in operands(turned):
-        found = _read_sum(along, across, width)
+        found = _read_sum(along, across, shape[0], width)
         if found is None:
             continue
         part, cos, sin = found
@@ -127,19 +127,26 @@ def _rotation(node: fx.Node) -> Rotation:
     raise Refusal(f"{node.name} is no rotation")
 
 
-def _read_sum(along: Any, across: Any, width: int) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+def _read_sum(
+    along: Any, across: Any, batch: Any, width: int
+) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """(x, cos, sin) of x * cos + cat(-second half, first half) * sin."""
     if not (plain_binary(along, aten.mul.Tensor) and plain_binary(across, aten.mul.Tensor)):
         return None
     for x, cos in operands(along):
         for turned, sin in operands(across):
-            if _is_table(cos, width) and _is_table(sin, width) and _is_turned(turned, x, width):
+            tables = _is_table(cos, batch, width) and _is_table(sin, batch, width)
+            if tables and same_sizes(sizes(cos), sizes(sin)) and _is_turned(turned, x, width):
                 return x, cos, sin
     return None
 
 
-def _is_table(node: Any, width: int) -> bool:
-    return isinstance(node, fx.Node) and same_sizes(without_ones(sizes(node)), (width,))
+def _is_table(node: Any, batch: Any, width: int) -> bool:
+    """Whether node has an angle for each channel, of all rows of the batch or of each."""
+    if not isinstance(node, fx.Node):
+        return False
+    by_row = isinstance(batch, int) and same_sizes(sizes(node), (batch, 1, 1, width))
+    return by_row or same_sizes(without_ones(sizes(node)), (width,))
 
 
 def _is_turned(node: Any, x: Any, width: int) -> bool:

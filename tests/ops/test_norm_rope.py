@@ -14,14 +14,14 @@ from inductor_moe.ops.norm_rope import norm_rope, norm_rope_cuda, norm_rope_plai
 from inductor_moe.testing import capture, relative_error
 
 
-def arguments(dim, rotated, norm, dtype, batch=2):
+def arguments(dim, rotated, norm, dtype, batch=2, tables=()):
     """q is strided, as half of a wider projection; the angles are rows of a table."""
     q = torch.randn(batch, 6, 2 * dim)[..., :dim].to(dtype)
     k = torch.randn(batch, 2, dim).to(dtype)
     weights = [torch.randn(dim).to(dtype) if norm else None for _ in range(2)]
-    angles = torch.rand(rotated) * 6
+    angles = torch.rand(*tables, rotated) * 6
     table = torch.stack([angles.cos(), angles.sin()], -1)
-    return q, k, *weights, 1e-5, 1.0, table[:, 0], table[:, 1]
+    return q, k, *weights, 1e-5, 1.0, table[..., 0], table[..., 1]
 
 
 def by_hand(q, k, q_weight, k_weight, eps, offset, cos, sin):
@@ -32,11 +32,12 @@ def by_hand(q, k, q_weight, k_weight, eps, offset, cos, sin):
         if weight is not None:
             x = x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * (weight.double() + offset)
         out = x.clone()
-        half = cos.shape[0] // 2
+        c, s = (table.double().expand(len(x), -1)[:, None] for table in (cos, sin))
+        half = cos.shape[-1] // 2
         for i in range(half):
-            a, b = x[..., i], x[..., i + half]
-            out[..., i] = a * cos[i].double() - b * sin[i].double()
-            out[..., i + half] = b * cos[i + half].double() + a * sin[i + half].double()
+            a, b, j = x[..., i], x[..., i + half], i + half
+            out[..., i] = a * c[..., i] - b * s[..., i]
+            out[..., j] = b * c[..., j] + a * s[..., j]
         results.append(out)
     return results
 
@@ -44,9 +45,10 @@ def by_hand(q, k, q_weight, k_weight, eps, offset, cos, sin):
 @pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 6e-3), (torch.float32, 1e-6)], ids=str)
 @pytest.mark.parametrize("dim, rotated", [(64, 64), (80, 20), (256, 64), (16, 2)])
 @pytest.mark.parametrize("norm", [True, False])
-def test_kernel(monkeypatch, norm, dim, rotated, dtype, limit):
+@pytest.mark.parametrize("tables", [(), (2,)], ids=["one table", "one a row"])
+def test_kernel(monkeypatch, tables, norm, dim, rotated, dtype, limit):
     torch.manual_seed(dim + rotated)
-    given = arguments(dim, rotated, norm, dtype)
+    given = arguments(dim, rotated, norm, dtype, tables=tables)
     new_empty = torch.Tensor.new_empty
     monkeypatch.setattr(
         torch.Tensor, "new_empty", lambda self, *a, **k: new_empty(self, *a, **k).fill_(math.nan)
@@ -61,7 +63,9 @@ def test_kernel(monkeypatch, norm, dim, rotated, dtype, limit):
 
 @pytest.mark.parametrize("norm", [True, False])
 def test_opcheck(norm):
-    torch.library.opcheck(norm_rope, arguments(32, 8, norm, torch.float32))
+    for tables in ((), (2,)):
+        given = arguments(32, 8, norm, torch.float32, tables=tables)
+        torch.library.opcheck(norm_rope, given)
 
 
 @pytest.mark.parametrize(
@@ -72,11 +76,15 @@ def test_opcheck(norm):
         (2, None, "must both be given"),
         (3, torch.ones(31), r"k_weight has shape \[31\]"),
         (6, torch.ones(7), r"cos and sin have shapes \[7\] and \[8\]"),
+        (6, torch.ones(2, 8), r"cos and sin have shapes \[2, 8\] and \[8\]"),
+        ((6, 7), torch.ones(3, 8), r"must be alike and \[R\] or \[2, R\]"),
+        ((6, 7), torch.ones(1, 2, 8), r"must be alike and \[R\] or \[2, R\]"),
     ],
 )
 def test_a_bad_argument_is_named(place, value, message):
     given = list(arguments(32, 8, True, torch.float32))
-    given[place] = value
+    for index in place if isinstance(place, tuple) else (place,):
+        given[index] = value
     with pytest.raises(ValueError, match=message):
         norm_rope(*given)
 
@@ -136,11 +144,11 @@ class Attention(nn.Module):
         return scaled_dot_product_attention(q, k, v, attn_mask=keep)
 
 
-def inputs(dim, part, dtype, batch):
+def inputs(dim, part, dtype, batch, tables=1):
     q = torch.randn(batch, 1, 4, 2 * dim)[..., :dim]
     k, v = torch.randn(2, batch, 1, 2, dim)
     keys, values = torch.randn(2, batch, 2, 12, dim)
-    angles = torch.rand(1, 1, part) * 6
+    angles = torch.rand(tables, 1, part) * 6
     tensors = [x.to(dtype) for x in (q, k, v, keys, values)]
     return [*tensors, torch.tensor([5]), angles.cos().to(dtype), angles.sin().to(dtype)]
 
@@ -180,11 +188,11 @@ FORMS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch, tables", [(1, 1), (3, 1), (3, 3)])
 @pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
-def test_what_is_put_in_place(options, batch, dtype):
+def test_what_is_put_in_place(options, batch, tables, dtype):
     module = Attention(**options).to(dtype)
-    report = compared(module, inputs(16, options.get("part", 16), dtype, batch))
+    report = compared(module, inputs(16, options.get("part", 16), dtype, batch, tables))
     assert report.counts() == {"attention_decode": 1, "norm_rope": 1}
     (site,) = (site for site in report.matched if site.op == "norm_rope")
     norm = ", norm" if options.get("normed", True) else ""
