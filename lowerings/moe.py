@@ -35,7 +35,8 @@ def moe_router_lowering(x: Any, *args: Any, **own: Any) -> Any:
     """One launch where the device runs our kernels, else the norm, matmuls and top-k in aten."""
     if not kernels_serve(x):
         return moe_router.moe_router_plain(x, *args, **own)
-    return moe_router.moe_router_cuda(x, *args, **own, wrap=compat.wrap_triton)
+    settled = compat.settled(0, 5, 6)
+    return moe_router.moe_router_cuda(x, *args, **own, settled=settled, wrap=compat.wrap_triton)
 
 
 def moe_experts_shared_lowering(x: Any, ids: Any, *args: Any) -> Any:
@@ -45,7 +46,10 @@ def moe_experts_shared_lowering(x: Any, ids: Any, *args: Any) -> Any:
         return shared.moe_experts_shared_plain(x, ids, *args)
     from inductor_moe.ops import shared_cuda
 
-    launch = functools.partial(shared_cuda.moe_experts_shared_cuda, wrap=compat.wrap_triton)
+    launch = functools.partial(
+        shared_cuda.moe_experts_shared_cuda, settled=packed and compat.settled(0, 4, 5),
+        wrap=compat.wrap_triton,
+    )  # fmt: skip
     return by_tokens(launch, (x, ids, *args), ids.shape[0], DECODE_TOKENS)
 
 

@@ -16,21 +16,24 @@ from inductor_moe.reference.quant import dequantize_reference
 def register() -> None:
     """Register the lowerings of dequantize, quantized_linear and the quantised expert ops."""
     lower(quant.dequantize, dequantize_reference)
-    for op, plain, tokens, few in (
-        (quant.quantized_linear, quant.quantized_linear_plain, 0, 0),
-        (quant.moe_experts_quantized, quant.moe_experts_quantized_plain, 10, DECODE_TOKENS),
-        (quant.moe_up_quantized, quant.moe_up_quantized_plain, 5, DECODE_TOKENS),
+    for op, plain, tokens, few, weights in (
+        (quant.quantized_linear, quant.quantized_linear_plain, 0, 0, (1, 2, 3)),
+        (
+            quant.moe_experts_quantized, quant.moe_experts_quantized_plain, 10, DECODE_TOKENS,
+            (1, 2, 3, 5, 6, 7),
+        ),
+        (quant.moe_up_quantized, quant.moe_up_quantized_plain, 5, DECODE_TOKENS, ()),
         (
             quant.moe_down_combine_quantized, quant.moe_down_combine_quantized_plain, 5,
-            DECODE_TOKENS,
+            DECODE_TOKENS, (),
         ),
     ):  # fmt: skip
         launcher = f"{plain.__name__.removesuffix('_plain')}_cuda"
-        lower(op, _lowering(launcher, plain, tokens, few))
+        lower(op, _lowering(launcher, plain, tokens, few, weights))
 
 
 def _lowering(
-    launcher: str, plain: Callable[..., Any], tokens: int, few: int
+    launcher: str, plain: Callable[..., Any], tokens: int, few: int, weights: tuple[int, ...]
 ) -> Callable[..., Any]:
     """The Triton implementation where the device and dtype run our kernels, else the aten one.
 
@@ -38,6 +41,7 @@ def _lowering(
     tokens    the position of the argument whose first dim is the number of tokens
     few       the most tokens that the kernels for few of them are for; a linear layer's are for
               one row, and a size that a graph leaves open is at least 2
+    weights   the positions of the weights that its kernels may ask for before they wait
     """
 
     def implementation(*args: Any) -> Any:
@@ -45,7 +49,10 @@ def _lowering(
             return plain(*args)
         from inductor_moe.ops import quant_cuda
 
-        launch = functools.partial(getattr(quant_cuda, launcher), wrap=compat.wrap_triton)
+        options = {"settled": compat.settled(0, *weights)} if weights else {}
+        launch = functools.partial(
+            getattr(quant_cuda, launcher), **options, wrap=compat.wrap_triton
+        )
         return by_tokens(launch, args, args[tokens].shape[0], few)
 
     return implementation

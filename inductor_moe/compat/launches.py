@@ -8,6 +8,7 @@ it is done once for launches that are alike.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -76,7 +77,8 @@ def _kind(value: Any) -> Hashable:
 
 @functools.cache
 def launch_dependently() -> None:
-    """Let graphs launch this package's kernels while the kernel before them ends. Idempotent.
+    """Let graphs launch this package's kernels, and those that Inductor generates between them,
+    while the kernel before them ends. Idempotent.
 
     The copy of a kernel that Inductor writes into a graph's code is changed, not the kernel: the
     analysis of what a launch writes gives up on the instructions this takes.
@@ -88,12 +90,18 @@ def launch_dependently() -> None:
     @functools.wraps(define)
     def define_kernel(self: Any, name: str, body: str, *args: Any, **kwargs: Any) -> Any:
         if PLAIN in body and WAIT in body and _may_depend():  # others' may have such a constant
-            body = body.replace(PLAIN, DEPENDENT)
-            body = body.replace("triton_meta={", "triton_meta={'launch_pdl': True, ", 1)
+            body = _launched_dependently(body.replace(PLAIN, DEPENDENT))
+        elif name.startswith("triton_") and len(GENERATED.findall(body)) == 1 and _may_depend():
+            body = _launched_dependently(GENERATED.sub(WAITING, body))
         return define(self, name, body, *args, **kwargs)
 
     PythonWrapperCodegen.define_kernel = define_kernel  # type: ignore[method-assign, assignment]
     _launch_from_cpp()
+
+
+def _launched_dependently(body: str) -> str:
+    body = body.replace("'launch_pdl': False, ", "", 1)
+    return re.sub(r"triton_meta ?= ?\{", "triton_meta={'launch_pdl': True, ", body, count=1)
 
 
 def _launch_from_cpp() -> None:
@@ -146,6 +154,10 @@ static inline void launchDependentKernel(
 }
 """
 WAIT = "def wait_for_inputs():"
+GENERATED = re.compile(r"^def triton_\w+\([^()]*\):\n", re.MULTILINE)
+# Always: Inductor's own way lets a kernel go without waiting where it reads nothing of the one
+# before, which may still run when this one's successor begins.
+WAITING = r"\g<0>    tl.extra.cuda.gdc_wait()\n"
 PLAIN, DEPENDENT = (f"DEPENDENT = tl.constexpr({value})" for value in (False, True))
 
 

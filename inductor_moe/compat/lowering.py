@@ -122,6 +122,49 @@ def fake_arguments() -> tuple[Any, ...]:
     return tuple(fx.map_arg(V.graph.current_node.args, lambda n: n.meta["val"]))
 
 
+def settled(x: int, *weights: int) -> bool:
+    """Whether the weights of the node that is being lowered were there before the launch that
+    precedes its own: they are inputs of the graph that nothing in it writes, and its x is none, so
+    that the graph launches something before.
+
+    x, weights  positions of arguments; weights may be lists, and None
+    """
+    from torch._inductor.graph import SubgraphLowering
+    from torch._inductor.virtualized import V
+
+    if isinstance(V.graph, SubgraphLowering):
+        return False
+    args = V.graph.current_node.args
+    nodes: list[fx.Node] = []
+    fx.map_arg([args[position] for position in weights if position < len(args)], nodes.append)
+    source = args[x]
+    while isinstance(source, fx.Node) and _is_view(source):
+        source = source.args[0]
+    made = isinstance(source, fx.Node) and source.op == "call_function"
+    return made and bool(nodes) and all(_is_unwritten_input(node) for node in nodes)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node may hold its first argument itself, so that nothing is launched for it."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    copies = (torch.ops.aten.clone.default, torch.ops.prims.convert_element_type.default,
+              torch.ops.aten._to_copy.default)  # fmt: skip
+    return node.target in copies or any(
+        result.alias_info is not None for result in node.target._schema.returns
+    )
+
+
+def _is_unwritten_input(node: fx.Node) -> bool:
+    """Whether a node is an input or constant of its graph and only read there, never viewed."""
+    return node.op in ("placeholder", "get_attr") and all(
+        isinstance(user.target, torch._ops.OpOverload)
+        and not user.target._schema.is_mutable
+        and all(result.alias_info is None for result in user.target._schema.returns)
+        for user in node.users
+    )
+
+
 def lower_to_eager_call(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Lower to a call of the op's eager kernel."""
     from torch._inductor.lowering import fallback_handler

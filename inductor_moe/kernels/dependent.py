@@ -16,8 +16,10 @@ DEPENDENT = tl.constexpr(False)
 def wait_for_inputs():
     """Wait until all that earlier kernels wrote is there.
 
-    Every launched kernel calls it before it reads or writes anything. As each waits, a kernel's
-    inputs are complete however many kernels ago they were written.
+    Every launched kernel calls it before it writes anything, and before it reads what the kernel
+    before it may have written. As each waits before the next one's programs are placed, a kernel's
+    inputs are complete however many kernels ago they were written, and all but those of the last
+    one before it waits.
     """
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
@@ -27,8 +29,9 @@ def wait_for_inputs():
 def place_next():
     """Let programs of the next kernel be placed from now on, not when this kernel's have ended.
 
-    For kernels of few, short programs, after `wait_for_inputs`. Elsewhere it costs more than it
-    saves: the next kernel's programs crowd on the multiprocessors that have room first.
+    For kernels of few, short programs, after `wait_for_inputs`, and before kernels that ask for
+    their weights early. Elsewhere it costs more than it saves: the next kernel's programs crowd on
+    the multiprocessors that have room first.
     """
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()

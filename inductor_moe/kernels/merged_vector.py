@@ -57,5 +57,5 @@ def merged_vector_kernel(
             pick(block, e0, e1, e2, s0, s1, s2, s3), pick(block, e0, e1, e2, z0, z1, z2, z3), w,
             out + pick(block, e0, e1, e2, 0, n0, n0 + n1, n0 + n1 + n2),
             pick(block, e0, e1, e2, n0, n1, n2, n3), 0,
-            False, HAS_ZEROS, GROUP, LANES, PARTS, SPANS, R, STEPS, AHEAD,
+            False, HAS_ZEROS, GROUP, LANES, PARTS, SPANS, R, STEPS, AHEAD, False,
         )  # fmt: skip

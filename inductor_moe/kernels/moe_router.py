@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from inductor_moe.kernels.dependent import wait_for_inputs
+from inductor_moe.kernels.dependent import place_next, wait_for_inputs
 from inductor_moe.kernels.moe_route import choose_experts
 
 
@@ -38,6 +38,7 @@ def moe_router_kernel(
     BLOCK_H: tl.constexpr,
     ROWS: tl.constexpr,  # logits of a program; 1 if there is one token
     PITCH: tl.constexpr,
+    EARLY: tl.constexpr,  # see `vector_rows`
     E: tl.constexpr,
     K: tl.constexpr,
     SCORING: tl.constexpr,
@@ -55,7 +56,8 @@ def moe_router_kernel(
     FIRST: tl.constexpr,
     OWN: tl.constexpr,
 ):
-    wait_for_inputs()
+    if not EARLY:
+        wait_for_inputs()
     program = tl.program_id(0)
     token = 0 if ROWS == 1 else tl.program_id(1)
     h = tl.arange(0, BLOCK_H)
@@ -68,6 +70,9 @@ def moe_router_kernel(
             weight_row = tl.where(row < E, weight_row, gate)
         exists = inside if ROWS == 1 else inside & (row < E + HAS_GATE)
         routers = routers + (tl.load(weight_row + h, mask=exists, other=0.0),)  # noqa: RUF005
+    if EARLY:
+        wait_for_inputs()
+        place_next()
     value = tl.load(x + token * HIDDEN + h, mask=inside, other=0.0)
     if HAS_RESIDUAL:
         other = tl.load(residual + token * HIDDEN + h, mask=inside, other=0.0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from inductor_moe.kernels.dependent import wait_for_inputs
+from inductor_moe.kernels.dependent import place_next, wait_for_inputs
 
 WORDS = tl.constexpr(8)  # 16 bytes, a load of a lane
 LANE_INPUTS = tl.constexpr(32)  # the codes in them
@@ -144,6 +144,7 @@ def vector_rows(
     R: tl.constexpr,  # parts of rows at once: 32 / LANES for each warp
     STEPS: tl.constexpr,
     AHEAD: tl.constexpr,  # steps asked for before the first is multiplied
+    EARLY: tl.constexpr,  # the caller has not waited, as these weights need no waiting
 ):
     """STEPS * R / PARTS rows of W @ x, where K is PARTS * SPANS * LANES * 32."""
     r = tl.arange(0, R)
@@ -155,6 +156,9 @@ def vector_rows(
         own = tl.minimum(v + i * R, last)
         loaded = load_rows(w, scales, zeros, own, LANES, SPANS, GROUP, HAS_ZEROS)
         rows = rows + (loaded,)  # noqa: RUF005
+    if EARLY:
+        wait_for_inputs()
+        place_next()
     inputs = part_inputs(x, r, LANES, PARTS, SPANS)
     n = first + tl.arange(0, R // PARTS)
     for i in tl.static_range(STEPS):
@@ -189,10 +193,12 @@ def quantized_vector_kernel(
     R: tl.constexpr,
     STEPS: tl.constexpr,
     AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """A linear layer of one row: `vector_rows` has what the constants are."""
-    wait_for_inputs()
+    if not EARLY:
+        wait_for_inputs()
     vector_rows(
         tl.program_id(0) * (STEPS * R // PARTS), x, w, scales, zeros, bias, out, n_dim, stride_b,
-        HAS_BIAS, HAS_ZEROS, GROUP, LANES, PARTS, SPANS, R, STEPS, AHEAD,
+        HAS_BIAS, HAS_ZEROS, GROUP, LANES, PARTS, SPANS, R, STEPS, AHEAD, EARLY,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from inductor_moe.kernels.dependent import wait_for_inputs
+from inductor_moe.kernels.dependent import place_next, wait_for_inputs
 from inductor_moe.kernels.moe_activation import activate_halves, activate_ungated
 from inductor_moe.kernels.quant_vector import (
     LANE_INPUTS,
@@ -52,9 +52,12 @@ def quantized_up_vector_kernel(
     R: tl.constexpr,
     STEPS: tl.constexpr,  # of R / PARTS outputs
     AHEAD: tl.constexpr,
+    PLACE_NEXT: tl.constexpr,
 ):
     """A program for STEPS * R / PARTS outputs of one slot of one token."""
     wait_for_inputs()
+    if PLACE_NEXT:
+        place_next()
     SLOTS: tl.constexpr = TOP_K + SHARED
     ROW_WORDS: tl.constexpr = PARTS * SPANS * LANES * WORDS
     ROW_GROUPS: tl.constexpr = PARTS * SPANS * LANES * LANE_INPUTS // GROUP
@@ -174,13 +177,15 @@ def quantized_down_vector_kernel(
     SIDE: tl.constexpr,  # rows beside each other in a warp: 32 / LANES
     STEPS: tl.constexpr,  # 2**LEVELS
     LEVELS: tl.constexpr,
+    EARLY: tl.constexpr,  # see `vector_rows`; ids are not those that the kernel before wrote
 ):
     """A program for STEPS * SIDE outputs of one token.
 
     A tensor has a row for each lane, of each output beside it, of each slot: warps share the
     slots. With two dims there is one way to lay it out.
     """
-    wait_for_inputs()
+    if not EARLY:
+        wait_for_inputs()
     ROW_WORDS: tl.constexpr = LANES * WORDS
     ROW_GROUPS: tl.constexpr = LANES * LANE_INPUTS // GROUP
     token = tl.program_id(0)
@@ -188,7 +193,11 @@ def quantized_down_vector_kernel(
     lane = r % LANES
     slot = r // (SIDE * LANES)
     routed = slot < TOP_K
-    loaded = tl.load(ids + token * stride_it + slot * stride_ik, mask=routed, other=-1)
+    # From L2, where writes are seen: L1 may hold what was there before.
+    loaded = tl.load(
+        ids + token * stride_it + slot * stride_ik, mask=routed, other=-1,
+        cache_modifier=".cg" if EARLY else "",
+    )  # fmt: skip
     used = routed & (loaded >= 0) & (loaded < experts)
     expert_row = tl.where(used, loaded, 0).to(tl.int64) * hidden
     own = (slot >= TOP_K) & (slot < TOP_K + SHARED)
@@ -216,6 +225,9 @@ def quantized_down_vector_kernel(
             zero += zero_s
         steps = steps + ((words, scale, zero),)  # noqa: RUF005
 
+    if EARLY:
+        wait_for_inputs()
+        place_next()
     if SHARED:
         used |= own
     # Of skipped pairs h may be anything.

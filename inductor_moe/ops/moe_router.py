@@ -220,9 +220,13 @@ def moe_router_cuda(
     first: int = 0,
     own: int = 0,
     weights_dtype: torch.dtype = torch.float32,
+    settled: bool = False,
     wrap: Callable[[Any], Any] = lambda kernel: kernel,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`moe_router` as one Triton launch; traceable with wrap=torch.library.wrap_triton."""
+    """`moe_router` as one Triton launch; traceable with wrap=torch.library.wrap_triton.
+
+    settled  router and gate were there before the kernel that launches before this one
+    """
     from inductor_moe.kernels.moe_router import moe_router_kernel
 
     tokens = x.shape[0]
@@ -247,7 +251,11 @@ def moe_router_cuda(
         NORM_EPS=norm_eps, NORM_OFFSET=norm_offset,
         HAS_RESIDUAL=residual is not None, HAS_NORM=norm_weight is not None,
         HAS_GATE=gate is not None, HIDDEN=hidden, BLOCK_H=block,
-        ROWS=rows, PITCH=logits.shape[1], **constants, FIRST=first, OWN=own, num_warps=warps,
+        ROWS=rows, PITCH=logits.shape[1],
+        EARLY=settled and rows == 1 and all(
+            weight is None or weight.is_contiguous() for weight in (router, gate)
+        ),
+        **constants, FIRST=first, OWN=own, num_warps=warps,
     )  # fmt: skip
     logit = x.new_empty(0) if gate is None else logits[:, experts : experts + 1]
     return total, normed, weights, ids, logit

@@ -60,21 +60,32 @@ Tile = PartsTile | GemmTile | VectorTile
 
 @dataclass(frozen=True)
 class _Weight:
-    """A packed weight [E, N, K] or [N, K] as the kernels take it."""
+    """A packed weight [E, N, K] or [N, K] as the kernels take it.
+
+    settled  it was there before the kernel that launches before the one that takes it
+    """
 
     packed: Tensor
     scales: Tensor
     zeros: Tensor | None
     group_size: int
     in_features: int
+    settled: bool = False
 
     @staticmethod
     def of(
-        packed: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, in_features: int
+        packed: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        group_size: int,
+        in_features: int,
+        settled: bool = False,
     ) -> _Weight:
+        given = [packed, scales] if zeros is None else [packed, scales, zeros]
+        settled = settled and all(tensor.is_contiguous() for tensor in given)
         zeros = None if zeros is None else zeros.contiguous()
         return _Weight(
-            packed.contiguous(), scales.contiguous(), zeros, group_size, int(in_features)
+            packed.contiguous(), scales.contiguous(), zeros, group_size, int(in_features), settled
         )
 
     @property
@@ -126,11 +137,12 @@ def quantized_linear_cuda(
     *,
     tokens_hint: int | None = None,
     plan: QuantizedPlan | None = None,
+    settled: bool = False,
     wrap: Wrap = _as_is,
 ) -> Tensor:
-    """`quantized_linear` on Triton kernels."""
+    """`quantized_linear` on Triton kernels. `settled`: of the weight, see `_Weight`."""
     tokens = x.shape[0]
-    weight = _Weight.of(packed, scales, zeros, group_size, x.shape[1])
+    weight = _Weight.of(packed, scales, zeros, group_size, x.shape[1], settled)
     out = torch.empty((tokens, weight.rows), dtype=x.dtype, device=x.device)
     if isinstance(tokens, int) and tokens == 0:
         return out
@@ -176,15 +188,16 @@ def moe_experts_quantized_cuda(
     *,
     tokens_hint: int | None = None,
     plan: QuantizedPlan | None = None,
+    settled: bool = False,
     wrap: Wrap = _as_is,
 ) -> Tensor:
-    """`moe_experts_quantized` on Triton kernels."""
+    """`moe_experts_quantized` on Triton kernels. `settled`: of all weights, see `_Weight`."""
     tokens, top_k = ids.shape
     out_dtype = out_dtype or x.dtype
     if isinstance(tokens, int) and tokens == 0:
         return x.new_zeros(x.shape, dtype=out_dtype)
-    up = _Weight.of(up_packed, up_scales, up_zeros, up_group_size, x.shape[1])
-    down = _Weight.of(down_packed, down_scales, down_zeros, down_group_size, inner)
+    up = _Weight.of(up_packed, up_scales, up_zeros, up_group_size, x.shape[1], settled)
+    down = _Weight.of(down_packed, down_scales, down_zeros, down_group_size, inner, settled)
     plan = plan or _plan(ids, tokens_hint, up, inner, gate != "none", int8_activations)
     epilogue = Activation(activation, gate, alpha, up_offset, limit)
     rows, repeat = _input_rows(x, weights if weights_on_input else None, top_k)

@@ -62,7 +62,7 @@ def linear_vector(
         x, *weight.tensors(), weight.packed if bias is None else bias, out, weight.rows,
         0 if bias is None else bias.stride(0),
         HAS_BIAS=bias is not None, HAS_ZEROS=weight.zeros is not None, GROUP=weight.group_size,
-        **constants, num_warps=tile.warps, num_stages=1,
+        **constants, EARLY=weight.settled, num_warps=tile.warps, num_stages=1,
     )  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def up_vector(
         repeat, weight.experts, inner, rows.stride(0), *ids.stride(),
         TOP_K=top_k, SHARED=slots, **epilogue.constants(),
         HAS_ZEROS=weight.zeros is not None, GROUP=weight.group_size, **constants,
-        num_warps=tile.warps, num_stages=1,
+        PLACE_NEXT=weight.settled and tokens == 1, num_warps=tile.warps, num_stages=1,
     )  # fmt: skip
 
 
@@ -131,6 +131,7 @@ def down_vector(
         HAS_LOGITS=own.logits is not None, HAS_WEIGHTS=weights is not None,
         HAS_ZEROS=weight.zeros is not None, GROUP=weight.group_size,
         LANES=lanes, SIDE=32 // lanes, STEPS=tile.steps, LEVELS=tile.steps.bit_length() - 1,
+        EARLY=weight.settled and own.down.settled and tokens == 1,
         num_warps=tile.warps, num_stages=1,
     )  # fmt: skip
 

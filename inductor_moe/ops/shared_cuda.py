@@ -41,9 +41,13 @@ def moe_experts_shared_cuda(
     *,
     tokens_hint: int | None = None,
     plan: Plan | QuantizedPlan | None = None,
+    settled: bool = False,
     wrap: Wrap = _as_is,
 ) -> Tensor:
-    """Two launches where the routed experts' plan has the decode kernels, else GEMMs apart."""
+    """Two launches where the routed experts' plan has the decode kernels, else GEMMs apart.
+
+    settled: of packed weights, see `quant_cuda._Weight`.
+    """
     tokens, top_k = ids.shape
     out_dtype = out_dtype or x.dtype
     if isinstance(tokens, int) and tokens == 0:
@@ -58,7 +62,7 @@ def moe_experts_shared_cuda(
     def weight(projection: Any, inputs: int) -> Any:
         if not packed:
             return projection.values
-        return launch._Weight.of(*projection, group_size, inputs)
+        return launch._Weight.of(*projection, group_size, inputs, settled)
 
     w_up, w_down = weight(up, hidden), weight(down, inner)
     if plan is None:

@@ -18,8 +18,15 @@ from delta_inputs import decode_inputs
 from kernels.generated import Drawn, source
 from kernels.test_dispatch_source import packed_experts
 from kernels.test_inductor_source import KERNELS
-from kernels.test_moe_offline_compile import H100, Recorder, local_memory, record
+from kernels.test_moe_offline_compile import (
+    H100,
+    Recorder,
+    local_memory,
+    record,
+    record_router,
+)
 from kernels.test_quant_offline_compile import (
+    PARTS,
     SCHEMES,
     record_experts,
     record_linear,
@@ -38,10 +45,13 @@ from inductor_moe.compat import launches
 from inductor_moe.compat.launches import DEPENDENT, PLAIN
 from inductor_moe.config import Options
 from inductor_moe.kernels import delta_decode
-from inductor_moe.quant_tiles import QuantizedPlan
-from inductor_moe.tiles import GemmTile
+from inductor_moe.ops import quant_cuda
+from inductor_moe.ops.quant import quantized_linear
+from inductor_moe.quant_tiles import QuantizedPlan, VectorTile
+from inductor_moe.tiles import GemmTile, generic_gpu
 
 BATCH = QuantizedPlan(8, GemmTile(64, 128, 8, 4, 4), GemmTile(64, 128, 8, 4, 4))
+VECTOR = QuantizedPlan(0, VectorTile(6, 6, 1), PARTS)
 OTHERS_DEPENDENT = tl.constexpr(False)
 
 pytestmark = pytest.mark.skipif(
@@ -189,11 +199,13 @@ def launches_of_a_decode_step(monkeypatch):
     monkeypatch.setattr(delta_decode, "traced", Recorder(launches))
     delta_decode.delta_decode(*decode_inputs())
     record("qwen3_5", 1, H100, launches)
+    record_router(2048, 1, launches)
     for found in (
         record_experts(SCHEMES["int4"], 1, H100),
         record_linear(SCHEMES["int4"], 1, H100),
         record_linear(SCHEMES["int4"], 4, H100, 512),
         record_merged(SCHEMES["int4"], (8192, 4096), (32, 32)),
+        record_merged(SCHEMES["int4"], (8192, 4096, 32, 32), (), VECTOR),
         record_merged(SCHEMES["int4"], (8192, 4096), (32, 32), BATCH, 4),
     ):
         launches |= found
@@ -219,6 +231,81 @@ def test_dependent_kernels_compile_without_spills(capability, tmp_path, monkeypa
     assert {"merged_rows_kernel", "quantized_slices_kernel"} < set(found)
 
 
+def test_early_kernels_ask_for_weights_alone_before_they_wait(tmp_path, monkeypatch):
+    checked = set()
+    for name, (made, options) in launches_of_a_decode_step(monkeypatch).items():
+        if "EARLY" not in made.fn.arg_names:
+            continue
+        constants = {**made.constants, (made.fn.arg_names.index("EARLY"),): True}
+        again = ASTSource(dependent(made.fn, tmp_path), made.signature, constants, made.attrs)
+        kernel = compile(again, target=GPUTarget("cuda", 90, 32), options=options)
+        assert local_memory(kernel.asm["cubin"]) == 0, name
+        early, _, late = kernel.asm["ptx"].partition("griddepcontrol.wait")
+        assert re.search(r"\bld\.global[.\w:]*\.v4\.b32", early), name
+        assert not re.search(r"\b(st|atom|red)\.global|launch_dependents", early), name
+        assert "ld.global" in late and "st.global" in late and "launch_dependents" in late
+        checked.add(name)
+    assert checked == {
+        "moe_router_kernel", "quantized_down_vector_kernel", "quantized_vector_kernel",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_kernel_waits_for_its_inputs(name):
-    assert KERNELS[name].src.count("wait_for_inputs()") == 1
+    text = KERNELS[name].src
+    early = text.count("if EARLY:\n") + text.count("if not EARLY:\n")
+    assert text.count("wait_for_inputs()") == max(1, early)
+    assert "if not EARLY:\n" in text or not early
+
+
+SETTLED = {
+    "weights of the graph": True,
+    "x of the graph": False,
+    "a view of the graph's x": False,
+    "a computed weight": False,
+    "a written scale": False,
+    "a viewed weight": False,
+}
+
+
+@pytest.mark.parametrize("case", SETTLED)
+def test_weights_are_asked_for_early_where_nothing_may_write_them(case, monkeypatch):
+    monkeypatch.setattr(quant_cuda, "gpu_of", lambda _: generic_gpu((9, 0)))
+    drawn = Drawn(2, 8, 4)
+
+    def run(x, y, w, scales):
+        if case == "a view of the graph's x":
+            x = x.view(2, 256).view(1, 512)
+        elif case != "x of the graph":
+            x = x + y
+        if case == "a computed weight":
+            w = w + 1
+        out = quantized_linear(x, w, scales, None, None, 128)
+        if case == "a written scale":
+            scales.add_(1)
+        return (out, w.view(-1)) if case == "a viewed weight" else out
+
+    tensors = [
+        drawn.tensor(1, 512), drawn.tensor(1, 512),
+        drawn.tensor(64, 128, dtype=torch.int16), drawn.tensor(64, 4),
+    ]  # fmt: skip
+    code = source(drawn, run, tensors, package=False)
+    assert "quantized_vector_kernel" in code
+    assert re.findall(r"'EARLY': (True|False)", code) == [str(SETTLED[case])]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("elements", [512, None])
+def test_a_generated_kernel_waits_as_ours_do(elements, asked):
+    drawn = Drawn(2, 8, 4)
+    x = drawn.tensor(drawn.tokens if elements is None else elements, 1)
+    with config.patch(
+        post_grad_custom_pre_pass=SimpleNamespace(options=Options(dependent_launch=asked))
+    ):
+        code = source(drawn, lambda x: x * 2 + 1, [x], package=False)
+    (text,) = kernels(code)
+    assert re.findall(r"'launch_pdl': (\w+)", text) == [str(asked)]
+    body = text.split("@triton.jit\n")[1]
+    wait = "tl.extra.cuda.gdc_wait()"
+    assert (body.splitlines()[1].strip() == wait) == asked
+    assert text.count(wait) == asked and "gdc_launch_dependents" not in text

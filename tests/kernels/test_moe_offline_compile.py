@@ -188,10 +188,7 @@ def test_routers_compile_without_spills(router, gpu):
     compile_all(launches, gpu)
 
 
-@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: "sm_{}{}".format(*gpu.capability))
-@pytest.mark.parametrize("hidden, tokens", [(2048, 1), (2048, 4), (7168, 1), (7168, 16)])
-def test_whole_routers_compile_without_spills(hidden, tokens, gpu):
-    launches: dict[str, Any] = {}
+def record_router(hidden: int, tokens: int, launches: dict[str, Any]) -> None:
     x, row, weight = (
         torch.empty(n, hidden, dtype=torch.bfloat16, device="meta") for n in (tokens, 1, 256)
     )
@@ -200,6 +197,13 @@ def test_whole_routers_compile_without_spills(hidden, tokens, gpu):
         x, x, row[0], 1e-6, 1.0, weight, row, counters, 2, 8, "softmax", True,
         weights_dtype=torch.bfloat16, wrap=Recorder(launches),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: "sm_{}{}".format(*gpu.capability))
+@pytest.mark.parametrize("hidden, tokens", [(2048, 1), (2048, 4), (7168, 1), (7168, 16)])
+def test_whole_routers_compile_without_spills(hidden, tokens, gpu):
+    launches: dict[str, Any] = {}
+    record_router(hidden, tokens, launches)
     compile_all(launches, gpu)
 
 
