@@ -259,6 +259,7 @@ def test_packed_sequences_of_mild_and_strong_decays():
     arguments["g"] *= torch.tensor([0.5, 3.0, 6.0])[torch.arange(ends[-1]) // 32 % 3, None, None]
     function = chunked("channel")
     out, final = function(**arguments, cu_seqlens=torch.tensor(ends, dtype=torch.int32))
+    outs, finals = [], []
     for n, (start, end) in enumerate(pairwise(ends)):
         piece = arguments | {
             name: arguments[name][:, start:end] for name in ("q", "k", "v", "g", "beta")
@@ -266,8 +267,16 @@ def test_packed_sequences_of_mild_and_strong_decays():
         piece["state"] = arguments["state"][n : n + 1]
         want = reference.delta_rule_recurrent(**widened(piece))
         found = (out[:, start:end], final[n : n + 1])
-        for got, exact, other in zip(found, want, low_precision(piece), strict=True):
-            assert error(got, exact) <= 2 * error(other, exact)
+        for kept, *three in zip((outs, finals), found, want, low_precision(piece), strict=True):
+            kept.append(three)
+    # Of all pieces together: the roundings of a few tokens may all but cancel in one of the two.
+    for pieces in (outs, finals):
+        got, exact, other = (
+            torch.cat([x.double().flatten() for x in each]) for each in zip(*pieces, strict=True)
+        )
+        assert error(got, exact) <= 2 * error(other, exact)
+        for piece in pieces:
+            assert error(piece[0], piece[1]) <= 4 * error(piece[2], piece[1])
 
 
 @pytest.mark.parametrize("tokens", (5, 80))
@@ -344,15 +353,19 @@ OPTIONS = {
 
 def check_decode(given, tile=None, **changed):
     options = OPTIONS | changed
-    wide = {
-        name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in widened(given).items()
-    }
-    plain = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+
+    def copied(values):
+        return {n: x.clone() if isinstance(x, torch.Tensor) else x for n, x in values.items()}
+
+    wide, plain = copied(widened(given)), copied(given)
+    unnormed = copied(widened(given)) | {"z": None, "norm_weight": None}
+    squares = reference.delta_decode(**unnormed, **options).square().sum(-1)
     want = reference.delta_decode(**wide, **options)
     eager = reference.delta_decode(**plain, **options)
     out = delta_decode.delta_decode(**given, **options, tile=tile)
     # the norm of a head whose values nearly cancel amplifies every rounding before it
-    assert error(out, want) <= max(2e-6, 2 * error(eager, want))
+    amplified = float((squares.mean() / squares).mean().sqrt()) if "norm_weight" in given else 1.0
+    assert error(out, want) <= max(2e-6 * max(1.0, amplified), 2 * error(eager, want))
     assert torch.equal(given["conv_state"].double(), wide["conv_state"])
     assert error(given["recurrent_state"], wide["recurrent_state"]) < 2e-6
 

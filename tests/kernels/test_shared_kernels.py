@@ -155,7 +155,8 @@ QUICK = {
 )  # fmt: skip
 def test_packed(plan, scheme, sizes):
     gate = "interleaved" if sizes[1] == 40 else "chunked"
-    arguments = draw(sizes, 2, torch.bfloat16, gate, SCHEMES[scheme], logits=sizes[2] != 100)
+    # Eight tokens, so that chance moves the ratio of two errors little.
+    arguments = draw(sizes, 8, torch.bfloat16, gate, SCHEMES[scheme], logits=sizes[2] != 100)
     found, expected = run(arguments, PACKED[plan]), exact(arguments)
     assert found.dtype == torch.bfloat16
     eager = relative_error(moe_experts_shared_plain(*arguments), expected)
