@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import warnings
 from collections.abc import Callable
+from operator import getitem
 from typing import Any
 
 import torch
@@ -138,7 +139,7 @@ def settled(x: int, *weights: int) -> bool:
     nodes: list[fx.Node] = []
     fx.map_arg([args[position] for position in weights if position < len(args)], nodes.append)
     source = args[x]
-    while isinstance(source, fx.Node) and _is_view(source):
+    while isinstance(source, fx.Node) and (source.target is getitem or _is_view(source)):
         source = source.args[0]
     made = isinstance(source, fx.Node) and source.op == "call_function"
     return made and bool(nodes) and all(_is_unwritten_input(node) for node in nodes)

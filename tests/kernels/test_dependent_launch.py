@@ -231,6 +231,32 @@ def test_dependent_kernels_compile_without_spills(capability, tmp_path, monkeypa
     assert {"merged_rows_kernel", "quantized_slices_kernel"} < set(found)
 
 
+EARLY = {"w", "scales", "zeros", "ids", "down_w", "down_scales", "down_zeros", "router", "gate"}
+
+
+def loaded(ptx, names):
+    """The parameters that addresses of loads come from, before the wait and after it."""
+    held, found = {}, []
+    for part in re.split("griddepcontrol.wait", ptx, maxsplit=1):
+        found.append(set())
+        for line in re.split(r"[;\n]", part):
+            if parameter := re.search(r"ld\.param\S*\s+(%\w+), \[\w+_param_(\d+)\]", line):
+                register, index = parameter.groups()
+                held[register] = set(names[int(index) : int(index) + 1])
+                continue
+            if load := re.search(r"ld\.global\S*\s+(.+), *\[([^]]+)\]", line):
+                into, of = (re.findall(r"%\w+", side) for side in load.groups())
+            else:
+                registers = re.findall(r"%\w+", re.sub(r"^\s*@\S+", "", line))
+                into, of = registers[:1], registers[1:]
+            sources = set().union(*(held.get(register, set()) for register in of))
+            if load:
+                found[-1] |= sources
+            for register in into:
+                held[register] = held.get(register, set()) | sources
+    return found
+
+
 def test_early_kernels_ask_for_weights_alone_before_they_wait(tmp_path, monkeypatch):
     checked = set()
     for name, (made, options) in launches_of_a_decode_step(monkeypatch).items():
@@ -244,6 +270,11 @@ def test_early_kernels_ask_for_weights_alone_before_they_wait(tmp_path, monkeypa
         assert re.search(r"\bld\.global[.\w:]*\.v4\.b32", early), name
         assert not re.search(r"\b(st|atom|red)\.global|launch_dependents", early), name
         assert "ld.global" in late and "st.global" in late and "launch_dependents" in late
+        names = [n for n, kind in made.signature.items() if kind != "constexpr"]
+        pointers = {n for n in names if made.signature[n].startswith("*")}
+        asked, rest = (found & pointers for found in loaded(kernel.asm["ptx"], names))
+        assert asked and asked <= EARLY, name
+        assert rest & {"x", "h"}, name
         checked.add(name)
     assert checked == {
         "moe_router_kernel", "quantized_down_vector_kernel", "quantized_vector_kernel",
@@ -262,6 +293,8 @@ SETTLED = {
     "weights of the graph": True,
     "x of the graph": False,
     "a view of the graph's x": False,
+    "a part of the graph's x": False,
+    "a part of a sum": True,
     "a computed weight": False,
     "a written scale": False,
     "a viewed weight": False,
@@ -276,6 +309,10 @@ def test_weights_are_asked_for_early_where_nothing_may_write_them(case, monkeypa
     def run(x, y, w, scales):
         if case == "a view of the graph's x":
             x = x.view(2, 256).view(1, 512)
+        elif case == "a part of the graph's x":
+            (x,) = x.split(512, 1)
+        elif case == "a part of a sum":
+            (x,) = (x + y).split(512, 1)
         elif case != "x of the graph":
             x = x + y
         if case == "a computed weight":
