@@ -23,12 +23,12 @@ def norm_rope_lowering(q: Any, *args: Any) -> Any:
     return norm_rope.norm_rope_cuda(q, *args, wrap=compat.wrap_triton)
 
 
-def attention_decode_lowering(q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any:
+def attention_decode_lowering(q: Any, k: Any, *args: Any) -> Any:
     """One or two launches where the device runs our kernels, else aten's attention."""
     if not kernels_serve(q):
-        return attention.attention_decode_aten(q, k, v, mask, scale)
+        return attention.attention_decode_aten(q, k, *args)
     return attention.attention_decode_cuda(
-        q, k, v, mask, scale,
+        q, k, *args,
         batch_hint=compat.size_hint(q.shape[0]), length_hint=compat.size_hint(k.shape[2]),
         wrap=compat.wrap_triton,
     )  # fmt: skip

@@ -100,6 +100,20 @@ def is_transparent(node: Any) -> bool:
     return is_call(node, *SHAPES) and only_adds_ones(node)
 
 
+def moves_only_ones(node: Any) -> bool:
+    """Whether node permutes, and no dim but those of size 1 changes its place."""
+    if not is_call(node, aten.permute.default):
+        return False
+    shape = sizes(node.args[0])
+    kept = [dim % len(shape) for dim in node.args[1] if not same(shape[dim], 1)]
+    return kept == sorted(kept)
+
+
+def keeps_order(node: Any) -> bool:
+    """Whether node only copies or views, and its elements are in the order of its argument's."""
+    return is_call(node, *COPIES, *SHAPES) or moves_only_ones(node)
+
+
 def peel(node: Any, also: Callable[[Any], bool] = lambda _: False) -> Any:
     """Go up through transparent nodes, and through those that `also` accepts."""
     while is_transparent(node) or also(node):

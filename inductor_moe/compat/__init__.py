@@ -57,6 +57,7 @@ from inductor_moe.compat.lowering import (
     statically_true,
     upper_bound,
     wrap_triton,
+    writes,
 )
 from inductor_moe.compat.passes import (
     GraphPass,
@@ -134,4 +135,5 @@ __all__ = [
     "upper_bound",
     "wrap_triton",
     "write_pt2",
+    "writes",
 ]

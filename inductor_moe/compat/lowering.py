@@ -160,7 +160,7 @@ def _is_unwritten_input(node: fx.Node) -> bool:
     """Whether a node is an input or constant of its graph and only read there, never viewed."""
     return node.op in ("placeholder", "get_attr") and all(
         isinstance(user.target, torch._ops.OpOverload)
-        and not user.target._schema.is_mutable
+        and not writes(user.target)
         and all(result.alias_info is None for result in user.target._schema.returns)
         for user in node.users
     )
@@ -293,6 +293,11 @@ def _own_subgraphs(traced: fx.GraphModule) -> None:
 def schema_of(op: Any) -> Any:
     """The schema of an op overload: its qualified name and its arguments."""
     return op._schema
+
+
+def writes(op: Any) -> bool:
+    """Whether a node's target is an op that writes one of its arguments."""
+    return isinstance(op, torch._ops.OpOverload) and bool(op._schema.is_mutable)
 
 
 def size_hint(size: Any, fallback: int = 1024) -> int:

@@ -31,6 +31,7 @@ def attention_decode_kernel(
     k,  # [B, Hkv, L, D]
     v,  # [B, Hkv, L, DV]
     mask,  # [B, L] bool or float, unless MASK is "none"
+    gate,  # [B, Hq, DV] with GATED and SPLITS 1
     out,  # [B, Hq, DV], or with SPLITS > 1 sums [B, Hq, SPLITS, DV] fp32; contiguous, written
     maxima,  # [B, Hq, SPLITS] fp32 contiguous, written if SPLITS > 1
     sums,  # [B, Hq, SPLITS] fp32 contiguous, written if SPLITS > 1; 0 where a split has nothing
@@ -48,11 +49,15 @@ def attention_decode_kernel(
     stride_vd,
     stride_mb,
     stride_ml,
+    stride_gb,
+    stride_gh,
+    stride_gd,
     G: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     SCALE: tl.constexpr,
     MASK: tl.constexpr,  # "none", "bool" or "float"
+    GATED: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_G: tl.constexpr,  # 1: products in fp32 without tensor cores
     BLOCK_L: tl.constexpr,
@@ -131,6 +136,9 @@ def attention_decode_kernel(
     store = exists & (e < DV)[None, :]
     if SPLITS == 1:
         acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        if GATED:
+            gates = gate + batch * stride_gb + head[:, None] * stride_gh + e[None, :] * stride_gd
+            acc *= tl.sigmoid(tl.load(gates, mask=store, other=0.0).to(tl.float32))
         tl.store(out + row[:, None] * DV + e[None, :], acc.to(out.dtype.element_ty), mask=store)
     else:
         row = row * SPLITS + split
@@ -145,8 +153,14 @@ def attention_combine_kernel(
     partial,  # [R, SPLITS, DV] fp32 contiguous; not written where a sum is 0
     maxima,  # [R, SPLITS] fp32 contiguous
     sums,  # [R, SPLITS] fp32 contiguous
+    gate,  # [R / heads, heads, DV] with GATED
     out,  # [R, DV] contiguous, written
+    heads,
+    stride_gb,
+    stride_gh,
+    stride_gd,
     DV: tl.constexpr,
+    GATED: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -156,6 +170,9 @@ def attention_combine_kernel(
     row = tl.program_id(0).to(tl.int64)
     e = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     s = tl.arange(0, BLOCK_S)
+    if GATED:
+        gate += row // heads * stride_gb + row % heads * stride_gh
+        factor = tl.load(gate + e * stride_gd, mask=e < DV, other=0.0)
     maximum = tl.load(maxima + row * SPLITS + s, mask=s < SPLITS, other=float("-inf"))
     total = tl.load(sums + row * SPLITS + s, mask=s < SPLITS, other=0.0)
     best = tl.max(maximum, 0)
@@ -165,4 +182,6 @@ def attention_combine_kernel(
     acc = tl.load(ptrs, mask=(total != 0.0)[:, None] & (e < DV)[None, :], other=0.0)
     whole = tl.sum(weight * total, 0)
     value = tl.sum(weight[:, None] * acc, 0) / tl.where(whole == 0.0, 1.0, whole)
+    if GATED:
+        value *= tl.sigmoid(factor.to(tl.float32))
     tl.store(out + row * DV + e, value.to(out.dtype.element_ty), mask=e < DV)

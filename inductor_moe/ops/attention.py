@@ -15,7 +15,14 @@ from inductor_moe.tiles import gpu_of
 MAX_HEAD_DIM = 256
 
 
-def check_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> None:
+def check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    gate: Tensor | None = None,
+) -> None:
     """Raise ValueError naming the first argument of `attention_decode` that is off."""
     del scale
     for name, tensor, letters in (("q", q, "B, Hq, D"), ("k", k, "B, Hkv, L, D"),
@@ -52,6 +59,14 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale:
                 f"attention_decode: {name} has head dim {tensor.shape[3]}; it must be between 1 "
                 f"and {MAX_HEAD_DIM}."
             )
+    shape = (batch, heads, v.shape[3])
+    if gate is not None and (
+        gate.shape != shape or gate.dtype != q.dtype or gate.device != q.device
+    ):
+        raise ValueError(
+            f"attention_decode: gate is {gate.dtype} {list(gate.shape)} on {gate.device}; it must "
+            f"be {q.dtype} {list(shape)} on {q.device}."
+        )
     if mask is None:
         return
     known = mask.dtype == torch.bool or mask.dtype.is_floating_point
@@ -69,7 +84,14 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale:
 
 
 @torch.library.custom_op("inductor_moe::attention_decode", mutates_args=(), device_types="cpu")
-def attention_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def attention_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    gate: Tensor | None = None,
+) -> Tensor:
     """Attention of one query position, the cache read where it lies: no head is repeated.
 
     q     [B, Hq, D]         bf16, fp16 or fp32; D at most 256
@@ -78,17 +100,23 @@ def attention_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
     mask  [B or 1, 1, 1, L]  bool, False hides a position; or float, added to the scaled scores,
                              where -inf hides one
     scale                    of the scores
+    gate  [B, Hq, DV]        like q, any strides: the output is multiplied by its sigmoid
     returns [B, Hq, DV] in q's dtype, contiguous; zeros for a row with every position hidden, as
     torch.nn.functional.scaled_dot_product_attention on a CPU. On a GPU hidden positions are not
     read: they may hold NaN
     Source: Dao et al., Flash-Decoding, 2023; Milakov and Gimelshein, arXiv:1805.02867.
     """
-    check_attention(q, k, v, mask, scale)
-    return attention_decode_aten(q, k, v, mask, scale)
+    check_attention(q, k, v, mask, scale, gate)
+    return attention_decode_aten(q, k, v, mask, scale, gate)
 
 
 def attention_decode_aten(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """`attention_decode` in aten alone, traceable. A hidden position must not hold NaN."""
     group = q.shape[1] // k.shape[1]
@@ -104,14 +132,13 @@ def attention_decode_aten(
     out = torch.nn.functional.scaled_dot_product_attention(
         q.unsqueeze(2), k, v, attn_mask=mask, scale=scale
     )
-    return out.reshape(q.shape[0], q.shape[1], v.shape[3])
+    out = out.reshape(q.shape[0], q.shape[1], v.shape[3])
+    return out if gate is None else out * gate.sigmoid()
 
 
 @attention_decode.register_fake
-def _attention_decode_fake(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
-) -> Tensor:
-    check_attention(q, k, v, mask, scale)
+def _attention_decode_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
+    check_attention(q, k, v, *args)
     return q.new_empty((q.shape[0], q.shape[1], v.shape[3]))
 
 
@@ -121,6 +148,7 @@ def attention_decode_cuda(
     v: Tensor,
     mask: Tensor | None,
     scale: float,
+    gate: Tensor | None = None,
     *,
     batch_hint: int | None = None,
     length_hint: int | None = None,
@@ -156,32 +184,30 @@ def attention_decode_cuda(
         partial = torch.empty((*shape, value_dim), dtype=torch.float32, device=q.device)
         maxima = torch.empty(shape, dtype=torch.float32, device=q.device)
         sums = torch.empty(shape, dtype=torch.float32, device=q.device)
+    gate_strides = (0, 0, 0) if gate is None else gate.stride()
     row_stride = 0 if mask is None or mask.shape[0] == 1 else mask.stride(0)
     wrap(attention_decode_kernel)[(splits, kv_heads * -(-group // tile.block_g), batch)](
-        q, k, v, q if mask is None else mask, partial, maxima, sums,
+        q, k, v, q if mask is None else mask, q if gate is None else gate, partial, maxima, sums,
         length, *q.stride(), *k.stride(), *v.stride(),
-        row_stride, 0 if mask is None else mask.stride(3),
+        row_stride, 0 if mask is None else mask.stride(3), *gate_strides,
         G=group, D=dim, DV=value_dim, SCALE=scale,
         MASK="none" if mask is None else "bool" if mask.dtype == torch.bool else "float",
-        SPLITS=splits, BLOCK_G=tile.block_g, BLOCK_L=tile.block_l,
+        GATED=gate is not None, SPLITS=splits, BLOCK_G=tile.block_g, BLOCK_L=tile.block_l,
         BLOCK_D=max(16, triton.next_power_of_2(dim)),
         BLOCK_DV=max(16, triton.next_power_of_2(value_dim)),
         STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     if splits > 1:
         wrap(attention_combine_kernel)[(batch * heads, -(-value_dim // 64))](
-            partial, maxima, sums, out,
-            DV=value_dim, SPLITS=splits, BLOCK_S=triton.next_power_of_2(splits), BLOCK_DV=64,
-            num_warps=4,
+            partial, maxima, sums, q if gate is None else gate, out, heads, *gate_strides,
+            DV=value_dim, GATED=gate is not None, SPLITS=splits,
+            BLOCK_S=triton.next_power_of_2(splits), BLOCK_DV=64, num_warps=4,
         )  # fmt: skip
     return out
 
 
 @attention_decode.register_kernel("cuda")
-def _attention_decode_on_cuda(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
-) -> Tensor:
-    check_attention(q, k, v, mask, scale)
-    if not kernels_serve(q):
-        return attention_decode_aten(q, k, v, mask, scale)
-    return attention_decode_cuda(q, k, v, mask, scale)
+def _attention_decode_on_cuda(q: Tensor, *args: Any) -> Tensor:
+    check_attention(q, *args)
+    run = attention_decode_cuda if kernels_serve(q) else attention_decode_aten
+    return run(q, *args)

@@ -7,7 +7,12 @@ from torch import Tensor
 
 
 def attention_decode_reference(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """`inductor_moe::attention_decode`, in the dtype of its inputs."""
     batch, heads, _ = q.shape
@@ -25,4 +30,5 @@ def attention_decode_reference(
     weights = torch.where(keep.any(-1, keepdim=True), weights, 0.0)
     # What is masked counts nothing, whatever it holds.
     v = v.masked_fill(~keep[:, :, :1].transpose(2, 3), 0.0)
-    return torch.einsum("bhgl,bhle->bhge", weights, v).reshape(batch, heads, v.shape[-1])
+    out = torch.einsum("bhgl,bhle->bhge", weights, v).reshape(batch, heads, v.shape[-1])
+    return out if gate is None else out * gate.sigmoid()

@@ -1,7 +1,8 @@
 """Attention of one query position: the repeated heads of the cache are never written out.
 
 The anchor is aten's attention in any of the forms that PyTorch chooses for a device. Keys and
-values that were repeated for groups of query heads are read from where they lie.
+values that were repeated for groups of query heads are read from where they lie. A sigmoid gate on
+the output becomes part of the op.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_moe.compat import schema_of
+from inductor_moe.compat import schema_of, writes
 from inductor_moe.ops.attention import MAX_HEAD_DIM, attention_decode
 from inductor_moe.ops.dispatch import KERNEL_DTYPES
 from inductor_moe.patterns.rewrite import Refusal, Rewrite
@@ -26,9 +27,14 @@ from inductor_moe.patterns.walk import (
     is_call,
     is_number,
     is_transparent,
+    keeps_order,
     number,
+    operands,
+    peel,
+    plain_binary,
     same,
     same_sizes,
+    size_of,
     sizes,
 )
 
@@ -48,9 +54,10 @@ VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSite:
-    """q [B, Hq, 1, D], k [B, Hkv, L, D], v [B, Hkv, L, DV], and `output` [B, Hq, 1, DV].
+    """q [B, Hq, 1, D], k [B, Hkv, L, D], v [B, Hkv, L, DV], and `output`, B * Hq * DV in order.
 
     mask  a bool or float node that broadcasts to [B, 1, 1, L], or None
+    gate  the output is multiplied by its sigmoid; B * Hq * DV in order, or None
     """
 
     anchor: fx.Node
@@ -60,15 +67,16 @@ class AttentionSite:
     v: fx.Node
     mask: fx.Node | None
     scale: float
+    gate: fx.Node | None
 
     def describe(self) -> str:
         batch, heads, _, dim = sizes(self.q)
         _, kv_heads, length, value_dim = sizes(self.v)
         dims = f"D={dim}" if dim == value_dim else f"D={dim} DV={value_dim}"
         text = f"B={batch} Hq={heads} Hkv={kv_heads} {dims} L={length}"
-        if self.mask is None:
-            return text
-        return text + ("; mask" if dtype(self.mask) == torch.bool else "; float mask")
+        if self.mask is not None:
+            text += "; mask" if dtype(self.mask) == torch.bool else "; float mask"
+        return text + ("; gate" if self.gate else "")
 
 
 def anchors(graph: fx.Graph) -> Iterator[fx.Node]:
@@ -112,7 +120,8 @@ def walk(anchor: fx.Node) -> AttentionSite:
     scale = sizes(q)[3] ** -0.5 if scale is None else number(scale)
     if scale is None:
         raise Refusal("the scale is not a constant")
-    return AttentionSite(anchor, _output(anchor), q, k, v, mask, float(scale))
+    output, gate = _gated(anchor, _output(anchor), sizes(q)[0])
+    return AttentionSite(anchor, output, q, k, v, mask, float(scale), gate)
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
@@ -133,6 +142,37 @@ def _output(anchor: fx.Node) -> fx.Node:
     if len(used) != 1:
         raise Refusal("the attention's output is not used, or read in several places")
     return used[0]
+
+
+def _gated(anchor: fx.Node, output: fx.Node, batch: Any) -> tuple[fx.Node, fx.Node | None]:
+    """(output * sigmoid(gate), gate) where that is its only use, else (output, None)."""
+    node = output
+    while len(node.users) == 1:
+        (user,) = node.users
+        if not keeps_order(user):
+            break
+        node = user
+    if len(node.users) != 1 or not plain_binary(user, aten.mul.Tensor):
+        return output, None
+    for value, factor in operands(user):
+        gated = value is node and is_call(factor, aten.sigmoid.default)
+        if not gated or not same_sizes(sizes(value), sizes(factor)):
+            continue
+        known = all(isinstance(size, int) or same(size, batch) for size in sizes(user))
+        alike = dtype(user) == dtype(factor.args[0]) == dtype(output)
+        if known and alike and _untouched(anchor, user):
+            return user, peel(factor.args[0], keeps_order)
+    return output, None
+
+
+def _untouched(first: fx.Node, last: fx.Node) -> bool:
+    """Whether nothing between the two nodes of a graph writes anything."""
+    node = first
+    while node is not last:
+        node = node.next
+        if writes(node.target):
+            return False
+    return True
 
 
 def _unrepeated(node: fx.Node) -> fx.Node:
@@ -227,18 +267,37 @@ def _is_unpadded(node: fx.Node) -> bool:
 
 
 def replace(graph: fx.Graph, site: AttentionSite) -> fx.Node:
-    """Insert the op in the place of the attention."""
-    with graph.inserting_before(site.anchor):
+    """Insert the op in the place of the attention, or of its gate."""
+    with graph.inserting_before(site.output if site.gate else site.anchor):
         q = call(graph, aten.squeeze.dim, site.q, 2, like=site.anchor)
         mask = site.mask
         if mask is not None:
             for _ in range(4 - len(sizes(mask))):
                 mask = call(graph, aten.unsqueeze.default, mask, 0, like=site.anchor)
+        gate = _heads(graph, site) if site.gate else None
         op = attention_decode._opoverload
-        out = call(graph, op, q, site.k, site.v, mask, site.scale, like=site.anchor)
-        four = call(graph, aten.unsqueeze.default, out, 2, like=site.anchor)
-    site.output.replace_all_uses_with(four)
+        out = call(graph, op, q, site.k, site.v, mask, site.scale, gate, like=site.anchor)
+        if site.gate:
+            rows = size_of(graph, site.q, 0, site.anchor)
+            shape = [size if isinstance(size, int) else rows for size in sizes(site.output)]
+            shaped = call(graph, aten.reshape.default, out, shape, like=site.anchor)
+        else:
+            shaped = call(graph, aten.unsqueeze.default, out, 2, like=site.anchor)
+    site.output.replace_all_uses_with(shaped)
     return out
+
+
+def _heads(graph: fx.Graph, site: AttentionSite) -> fx.Node:
+    """The gate [B, Hq, DV], where it lies if it has no other dims but one of size 1."""
+    gate = site.gate
+    assert gate is not None
+    batch, heads = sizes(site.q)[:2]
+    shape = (batch, heads, sizes(site.v)[3])
+    for dim in (1, 2):
+        if same_sizes(sizes(gate), (*shape[:dim], 1, *shape[dim:])):
+            return call(graph, aten.squeeze.dim, gate, dim, like=gate)
+    rows = size_of(graph, site.q, 0, site.q)
+    return call(graph, aten.reshape.default, gate, [rows, *shape[1:]], like=gate)
 
 
 DECODE = Rewrite(

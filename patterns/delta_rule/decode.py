@@ -31,6 +31,7 @@ from inductor_moe.patterns.walk import (
     is_getitem,
     is_transparent,
     last_dim,
+    moves_only_ones,
     number,
     prims,
     same,
@@ -155,17 +156,9 @@ def _written_back(value: fx.Node, state: Any) -> fx.Node:
 
 def _strip(node: Any) -> Any:
     """Go up through copies, and views and permutes that only add, drop or move dims of size 1."""
-    while is_transparent(node) or _moves_only_ones(node):
+    while is_transparent(node) or moves_only_ones(node):
         node = node.args[0]
     return node
-
-
-def _moves_only_ones(node: Any) -> bool:
-    if not is_call(node, aten.permute.default):
-        return False
-    shape = sizes(node.args[0])
-    kept = [dim % len(shape) for dim in node.args[1] if not same(shape[dim], 1)]
-    return kept == sorted(kept)
 
 
 def _read_split(q: Any, k: Any, v: Any, state: fx.Node) -> fx.Node:

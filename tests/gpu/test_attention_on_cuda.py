@@ -21,8 +21,9 @@ def repeat(x):
     return x.reshape(batch, heads * GROUP, length, dim)
 
 
-def attend(q, k, v, keep):
-    return scaled_dot_product_attention(q, repeat(k), repeat(v), attn_mask=keep)
+def attend(q, k, v, keep, gate):
+    out = scaled_dot_product_attention(q, repeat(k), repeat(v), attn_mask=keep)
+    return out if gate is None else out * gate.sigmoid()
 
 
 BACKENDS = {
@@ -50,11 +51,15 @@ def test_every_form_is_fused(monkeypatch, backend, length, mode):
             if masked:  # what a cache holds past its end may be anything
                 for x in poisoned:
                     x[:, :, filled:] = float("nan")
-            found = compiled(q, *poisoned, keep).clone()
-            eager = attend(q, k, v, keep)
+            gate = None if length == 40 else torch.randn_like(q)
+            found = compiled(q, *poisoned, keep, gate).clone()
+            eager = attend(q, k, v, keep, gate)
             with sdpa_kernel(SDPBackend.MATH):
-                exact = attend(q.double(), k.double(), v.double(), keep)
+                wide = None if gate is None else gate.double()
+                exact = attend(q.double(), k.double(), v.double(), keep, wide)
             assert found.shape == eager.shape
             assert relative_error(found, exact) <= 2 * relative_error(eager, exact)
     counts = [report.counts() for report in reports]
     assert counts == [{"attention_decode": 1}], [str(report) for report in reports]
+    (site,) = reports[0].matched
+    assert ("; mask" in site.detail) == masked and ("; gate" in site.detail) == (length != 40)

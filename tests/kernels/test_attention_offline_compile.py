@@ -25,7 +25,7 @@ SHAPES = {
 QUICK = ("qwen3_5", "wide group", "fp32")
 
 
-def record(shape: str, gpu: Any, launches: dict[str, Any]) -> None:
+def record(shape: str, gpu: Any, launches: dict[str, Any], gated: bool) -> None:
     batch, heads, kv_heads, length, dim, value_dim, dtype, mask_dtype = SHAPES[shape]
 
     def empty(*sizes: int, of: torch.dtype = dtype) -> torch.Tensor:
@@ -41,6 +41,7 @@ def record(shape: str, gpu: Any, launches: dict[str, Any]) -> None:
         empty(batch, kv_heads, length, value_dim),
         empty(batch, 1, 1, length, of=mask_dtype) if mask_dtype else None,
         0.125,
+        empty(batch, heads, value_dim) if gated else None,
         tile=tile,
         wrap=Recorder(launches),
     )
@@ -51,9 +52,10 @@ def record(shape: str, gpu: Any, launches: dict[str, Any]) -> None:
     "shape",
     [shape if shape in QUICK else pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES],
 )
-def test_kernels_compile_without_spills(monkeypatch, shape, gpu):
+@pytest.mark.parametrize("gated", [False, True])
+def test_kernels_compile_without_spills(monkeypatch, gated, shape, gpu):
     monkeypatch.setitem(POINTERS, torch.bool, "*i1")
     launches: dict[str, Any] = {}
-    record(shape, gpu, launches)
+    record(shape, gpu, launches, gated)
     assert launches
     compile_all(launches, gpu)

@@ -70,7 +70,8 @@ def test_models(name, dtype):
     for site in report.matched:
         if site.op == "attention_decode":
             assert site.module.endswith("self_attn")
-            assert site.detail == f"B=1 Hq=6 Hkv=2 D=16 L={ROOM}; mask"
+            gate = "; gate" if name == "qwen3_5_moe_text" else ""
+            assert site.detail == f"B=1 Hq=6 Hkv=2 D=16 L={ROOM}; mask{gate}"
             assert "expand" in site.before
     chosen = [logits.argmax(-1) for logits in eager]
     assert [logits.argmax(-1) for logits in fused] == chosen
@@ -90,12 +91,14 @@ def test_prefill_stays_as_it_is():
     assert "attention_decode" not in report.counts() and not report.refused
 
 
-def attend(q, k, v, keep):
+def attend(q, k, v, keep, gate):
     k, v = (
         x[:, :, None].expand(-1, -1, 3, -1, -1).reshape(x.shape[0], 6, x.shape[2], 16)
         for x in (k, v)
     )
-    return scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=0.3)
+    out = scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=0.3)
+    out = out.transpose(1, 2).reshape(q.shape[0], 1, -1)
+    return out * gate.reshape(q.shape[0], 1, -1).sigmoid()
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -107,9 +110,11 @@ def test_compiled_by_inductor(dynamic):
             k, v = torch.randn(2, batch, 2, length, 16)
             keep = torch.rand(batch, 1, 1, length) < 0.5
             keep[..., 0] = True
-            found = compiled(q, k, v, keep)
+            gate = torch.randn(batch, 1, 6, 40)[..., 16:32]
+            found = compiled(q, k, v, keep, gate)
             exact = attention_decode_reference(
-                q.squeeze(2).double(), k.double(), v.double(), keep, 0.3
+                q.squeeze(2).double(), k.double(), v.double(), keep, 0.3, gate.squeeze(1).double()
             )
-            assert relative_error(found.squeeze(2), exact) < 1e-6
+            assert relative_error(found.view(batch, 6, 16), exact) < 1e-6
     assert [report.counts() for report in reports] == [{"attention_decode": 1}]
+    assert all(site.detail.endswith("; gate") for site in reports[0].matched)

@@ -53,14 +53,15 @@ def poison(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(NAN))
 
 
-def run(q, k, v, mask, scale, *tile):
+def run(q, k, v, mask, scale, *tile, gate=None):
     return attention_decode_cuda(
-        q, k, v, mask, scale, tile=AttentionTile(*tile, 4, 2), wrap=Interpreted
+        q, k, v, mask, scale, gate, tile=AttentionTile(*tile, 4, 2), wrap=Interpreted
     )
 
 
-def exact(q, k, v, mask, scale):
-    return attention_decode_reference(q.double(), k.double(), v.double(), mask, scale)
+def exact(q, k, v, mask, scale, gate=None):
+    gate = None if gate is None else gate.double()
+    return attention_decode_reference(q.double(), k.double(), v.double(), mask, scale, gate)
 
 
 SHAPES = {
@@ -100,6 +101,19 @@ def test_low_precision_is_as_exact_as_eager(dtype, block_g):
     assert relative_error(found, expected) <= 2 * eager
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block_g, splits", [(1, 1), (1, 3), (16, 1), (16, 3)])
+def test_a_gate(splits, block_g, dtype):
+    q, k, v = draw(3, 6, 2, 40, 16, 24, dtype)
+    gate = torch.randn(24, 3, 6, 2).to(dtype)[..., 1].permute(1, 2, 0)
+    mask = make_mask("random", 3, 40)
+    expected = exact(q, k, v, mask, 0.2, gate)
+    found = run(q, k, v, mask, 0.2, block_g, 16, splits, gate=gate)
+    eager = relative_error(attention_decode(q, k, v, mask, 0.2, gate), expected)
+    assert relative_error(found, expected) <= (1e-6 if dtype == torch.float32 else 2 * eager)
+    assert eager <= (1e-6 if dtype == torch.float32 else 2e-2)
+
+
 @pytest.mark.parametrize("block_g, splits", [(1, 3), (16, 1), (16, 3)])
 def test_rows_with_nothing_to_see(splits, block_g):
     q, k, v = draw(3, 4, 2, 40, 16, 16)
@@ -131,9 +145,10 @@ def test_nan_in_what_is_seen_is_kept(splits, block_g):
 def test_the_op_on_a_cpu(kind):
     q, k, v = draw(2, 6, 2, 21, 16, 24)
     mask = make_mask(kind, 2, 21)
-    torch.library.opcheck(attention_decode, (q, k, v, mask, 0.2))
-    found = attention_decode(q, k, v, mask, 0.2)
-    assert relative_error(found, exact(q, k, v, mask, 0.2)) < 1e-6
+    for gate in (None, torch.randn(2, 6, 24)):
+        torch.library.opcheck(attention_decode, (q, k, v, mask, 0.2, gate))
+        found = attention_decode(q, k, v, mask, 0.2, gate)
+        assert relative_error(found, exact(q, k, v, mask, 0.2, gate)) < 1e-6
 
 
 BAD = {
@@ -151,6 +166,10 @@ BAD = {
         "mask": torch.ones(2, 4, 1, 5)
     },
     "mask has 3 rows; it must have 1 or 2": {"mask": torch.ones(3, 1, 1, 5)},
+    r"gate is torch.float32 \[2, 1, 8\] on cpu; it must be torch.float32 \[2, 4, 8\]": {
+        "gate": torch.ones(2, 1, 8)
+    },
+    "gate is torch.float16": {"gate": torch.ones(2, 4, 8).half()},
 }
 
 

@@ -172,6 +172,69 @@ def test_a_bool_mask_as_cudnn_gets_it(form, dtype, hidden):
     assert read == (torch.bool if handed or rounded == -INF else dtype)
 
 
+def gated(attend, q, k, v, gate, form):
+    """[B, 1, HQ * D], as models write it."""
+    out = attend(q, repeat(k), repeat(v), None)[0].transpose(1, 2)
+    batch = q.shape[0]
+    flat = out.reshape(batch, 1, -1)
+    factor = gate.reshape(batch, 1, -1).sigmoid()
+    if form == "left":
+        return factor * flat
+    if form == "right":
+        return flat * factor
+    if form == "four dims":
+        return (out * gate.sigmoid()).contiguous().view(batch, 1, -1)
+    if form == "not a sigmoid":
+        return flat * gate.reshape(batch, 1, -1).tanh()
+    if form == "a factor a head":
+        return (out * gate[..., :1].sigmoid()).reshape(batch, 1, -1)
+    if form == "heads and channels swapped":
+        return flat * gate.transpose(2, 3).reshape(batch, 1, -1).sigmoid()
+    if form == "output read elsewhere":
+        return flat * factor + flat
+    if form == "product in fp32":
+        return flat.double() * factor
+    assert form == "plus"
+    return flat + factor
+
+
+GATED = ("left", "right", "four dims", "heads and channels swapped")
+UNGATED = ("not a sigmoid", "a factor a head", "output read elsewhere", "product in fp32", "plus")
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("form", GATED + UNGATED)
+def test_gates(form, batch):
+    q, k, v = draw(batch)
+    gate = torch.randn(batch, 1, HQ, 2 * D)[..., D:]
+
+    def function(q, k, v, gate):
+        return gated(cudnn, q, k, v, gate, form)
+
+    expected = gated(
+        lambda q, k, v, _: (exact(q, k, v),), *(x.double() for x in (q, k, v, gate)), form
+    )
+    site = check(function, (q, k, v, gate), expected)
+    assert site.detail.endswith("; gate") == (form in GATED)
+
+
+def test_no_gate_where_the_cache_is_written_before_it():
+    q, k, v = draw()
+    gate = torch.randn(B, HQ, 1, D)
+    graph, _ = fused(lambda q, k, v, gate: cudnn(q, k, v, None)[0] * gate.sigmoid(),
+                     (q, repeat(k), repeat(v), gate))  # fmt: skip
+    (attention,) = (n for n in graph.graph.nodes if "attention_decode" in str(n.target))
+    assert attention.args[5] is not None
+    traced = make_fx(lambda q, k, v, gate: cudnn(q, k, v, None)[0] * gate.sigmoid(),
+                     tracing_mode="fake")(q, repeat(k), repeat(v), gate)  # fmt: skip
+    (node,) = (n for n in traced.graph.nodes if "cudnn" in str(n.target))
+    with traced.graph.inserting_after(node):
+        write = traced.graph.call_function(aten.copy_.default, (node.args[1], node.args[2]))
+        write.meta["val"] = node.args[1].meta["val"]
+    (site,) = rewrite(traced.graph, Options(strict=True))
+    assert site.matched and "gate" not in site.detail
+
+
 MASKS = {
     "lowest number": lambda keep: torch.where(keep, 0.0, torch.finfo(torch.float32).min),
     "the other way round": lambda keep: torch.where(keep, -INF, 0.0),
