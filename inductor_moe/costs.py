@@ -38,6 +38,7 @@ KERNELS = {
     "moe_route": "moe_route_kernel",
     "moe_router": "moe_router_kernel",
     "norm_rope": "norm_rope_kernel",
+    "norm_rope_cache": "norm_rope_kernel",
     "all_reduce": "all_reduce_kernel",
     "delta_rule": "few tokens: delta_recurrent_kernel; more: delta_chunk_intra_kernel, "
     "delta_chunk_scan_kernel (a decay per channel: delta_channel_intra_kernel, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from inductor_moe import compat
@@ -11,16 +12,17 @@ from inductor_moe.ops.dispatch import kernels_serve
 
 
 def register() -> None:
-    """Register the lowerings of attention_decode and norm_rope."""
+    """Register the lowerings of attention_decode, norm_rope and norm_rope_cache."""
     lower(attention.attention_decode, attention_decode_lowering)
-    lower(norm_rope.norm_rope, norm_rope_lowering)
+    for op in (norm_rope.norm_rope, norm_rope.norm_rope_cache):
+        lower(op, functools.partial(norm_rope_lowering, op))
 
 
-def norm_rope_lowering(q: Any, *args: Any) -> Any:
+def norm_rope_lowering(op: Any, q: Any, *args: Any) -> Any:
     """One launch where the device runs our kernels, else aten."""
     if not kernels_serve(q):
-        return norm_rope.norm_rope_plain(q, *args)
-    return norm_rope.norm_rope_cuda(q, *args, wrap=compat.wrap_triton)
+        return getattr(norm_rope, f"{op._name}_plain")(q, *args)
+    return getattr(norm_rope, f"{op._name}_cuda")(q, *args, wrap=compat.wrap_triton)
 
 
 def attention_decode_lowering(q: Any, k: Any, *args: Any) -> Any:

@@ -1,6 +1,8 @@
 """Norm and rotary embedding of the queries and keys of a decode step's attention.
 
 Inductor makes a kernel or three of each, as their shapes differ; all of them together are one.
+Where the graph has the caches of keys and values for nothing but this attention, the same kernel
+stores them there.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ import operator
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import fx
 
 from inductor_moe.ops.attention import attention_decode
-from inductor_moe.ops.norm_rope import MAX_HEAD_DIM, norm_rope
+from inductor_moe.ops.norm_rope import MAX_HEAD_DIM, norm_rope, norm_rope_cache
 from inductor_moe.patterns.norm import RmsNorm, read_rms_norm
 from inductor_moe.patterns.rewrite import Refusal, Rewrite
 from inductor_moe.patterns.walk import (
@@ -50,17 +53,41 @@ class Rotation:
 
 
 @dataclasses.dataclass(frozen=True)
+class Write:
+    """`node` is cache [B, H, L, D], an input, with value [B, H, 1, D] at position [1].
+
+    copy  writes it back to the input
+    """
+
+    node: fx.Node
+    cache: fx.Node
+    value: fx.Node
+    position: fx.Node
+    copy: fx.Node
+
+
+@dataclasses.dataclass(frozen=True)
 class RopeSite:
-    """The queries and keys of one attention."""
+    """The queries and keys of one attention, and where its keys and values are stored."""
 
     q: Rotation
     k: Rotation
+    writes: tuple[Write, Write] | None
+
+    @property
+    def last(self) -> fx.Node:
+        """The last node that the op depends on or replaces."""
+        nodes = [self.q.output, self.k.output]
+        for write in self.writes or ():
+            nodes += [write.value, write.position]
+        return max(nodes)
 
     def describe(self) -> str:
         batch, _, heads, dim = sizes(self.q.x)
         norm = ", norm" if self.q.norm else ""
         rotated = sizes(self.q.cos)[-1]
-        return f"B={batch} Hq={heads} Hkv={sizes(self.k.x)[2]} D={dim} R={rotated}{norm}"
+        cache = "; cache" if self.writes else ""
+        return f"B={batch} Hq={heads} Hkv={sizes(self.k.x)[2]} D={dim} R={rotated}{norm}{cache}"
 
 
 def anchors(graph: fx.Graph) -> Iterator[fx.Node]:
@@ -89,7 +116,43 @@ def walk(written: fx.Node) -> RopeSite:
     later, earlier = max(q.output, k.output), min(q.output, k.output)
     if any(user < later for user in earlier.users):
         raise Refusal(f"{earlier.name} is used before {later.name} is computed")
-    return RopeSite(q, k)
+    site = RopeSite(q, k, _writes(attention, k))
+    if any(user < site.last for user in q.output.users):
+        return RopeSite(q, k, None)
+    return site
+
+
+def _writes(attention: fx.Node, k: Rotation) -> tuple[Write, Write] | None:
+    """Where the attention's keys and values are stored, if that is all their caches are for."""
+    keys, values = (_write(attention, place) for place in (1, 2))
+    if keys is None or values is None or keys.position is not values.position:
+        return None
+    if not dtype(k.output) == dtype(keys.cache) == dtype(values.cache):
+        return None
+    node = keys.value
+    while node is not k.output and len(node.users) == 1:
+        node = node.args[0]
+    return (keys, values) if len(node.users) == 1 else None
+
+
+def _write(attention: fx.Node, place: int) -> Write | None:
+    node = attention.args[place]
+    if not is_call(node, aten.index_put.default) or node.kwargs or any(node.args[3:]):
+        return None
+    cache, indices, value = node.args[:3]
+    copies = [user for user in node.users if user is not attention]
+    if cache.op != "placeholder" or len(copies) != 1 or list(indices[:2]) != [None, None]:
+        return None
+    if not is_call(copies[0], aten.copy_.default) or copies[0].args != (cache, node):
+        return None
+    if set(cache.users) != {node, copies[0]} or len(indices) != 3:
+        return None
+    if sizes(indices[2]) != (1,) or dtype(indices[2]) not in (torch.int32, torch.int64):
+        return None
+    batch, heads, _, width = sizes(cache)
+    if not same_sizes(sizes(value), (batch, heads, 1, width)) or dtype(value) != dtype(cache):
+        return None
+    return Write(node, cache, value, indices[2], copies[0])
 
 
 def _rotation(node: fx.Node) -> Rotation:
@@ -197,22 +260,43 @@ def _last(node: fx.Node, dim: Any) -> bool:
 
 
 def replace(graph: fx.Graph, site: RopeSite) -> fx.Node:
-    """Insert the op where the later of the two was computed."""
+    """Insert the op where the last of all it depends on was computed."""
     q, k = site.q, site.k
-    with graph.inserting_before(max(q.output, k.output)):
+    with graph.inserting_before(site.last.next):
         rows = [call(graph, aten.select.int, r.source, 1, 0, like=r.output) for r in (q, k)]
         weights = [_flat(graph, r.norm.weight, r.output) if r.norm else None for r in (q, k)]
         tables = [_flat(graph, table, q.output) for table in (q.cos, q.sin)]
-        output = call(
-            graph, norm_rope._opoverload, *rows, *weights,
-            q.norm.eps if q.norm else 0.0, q.norm.offset if q.norm else 0.0, *tables,
-            like=q.output,
-        )  # fmt: skip
+        constants = (q.norm.eps, q.norm.offset) if q.norm else (0.0, 0.0)
+        if site.writes:
+            return _store(graph, site, rows, (*weights, *constants, *tables))
+        op = norm_rope._opoverload
+        output = call(graph, op, *rows, *weights, *constants, *tables, like=q.output)
         for index, rotation in enumerate((q, k)):
             item = graph.call_function(operator.getitem, (output, index))
             item.meta["val"] = output.meta["val"][index]
             four = call(graph, aten.unsqueeze.default, item, 2, like=rotation.output)
             rotation.output.replace_all_uses_with(four)
+    return output
+
+
+def _store(graph: fx.Graph, site: RopeSite, rows: list[fx.Node], rest: tuple[Any, ...]) -> fx.Node:
+    """Insert the op that stores keys and values, and drop the copies back to the caches."""
+    assert site.writes
+    keys, values = site.writes
+    value, like = values.value, site.q.output
+    if is_call(value, aten.permute.default) and list(value.args[1]) == [0, 2, 1, 3]:
+        value = call(graph, aten.select.int, value.args[0], 1, 0, like=like)
+    else:
+        value = call(graph, aten.squeeze.dim, value, 2, like=like)
+    output = call(
+        graph, norm_rope_cache._opoverload, *rows, value, *rest,
+        keys.cache, values.cache, keys.position, like=like,
+    )  # fmt: skip
+    four = call(graph, aten.unsqueeze.default, output, 2, like=like)
+    site.q.output.replace_all_uses_with(four)
+    for write in site.writes:
+        graph.erase_node(write.copy)
+        write.node.replace_all_uses_with(write.cache)
     return output
 
 

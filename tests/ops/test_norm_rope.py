@@ -10,7 +10,15 @@ from kernels.interpreted import Interpreted
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from inductor_moe.ops.norm_rope import norm_rope, norm_rope_cuda, norm_rope_plain
+from inductor_moe.backend import collected
+from inductor_moe.ops.norm_rope import (
+    norm_rope,
+    norm_rope_cache,
+    norm_rope_cache_cuda,
+    norm_rope_cache_plain,
+    norm_rope_cuda,
+    norm_rope_plain,
+)
 from inductor_moe.testing import capture, relative_error
 
 
@@ -89,6 +97,68 @@ def test_a_bad_argument_is_named(place, value, message):
         norm_rope(*given)
 
 
+def cached(dim, value_dim, position, dtype=torch.float32, length=5):
+    """The arguments of norm_rope_cache, values and caches strided, and of norm_rope."""
+    given = arguments(dim, dim // 2, True, dtype)
+    v = torch.randn(2, 2, 2 * value_dim).to(dtype)[..., ::2]
+    keys = torch.randn(2, length, 2, dim).to(dtype).transpose(1, 2)
+    values = torch.randn(2, 2, value_dim, length).to(dtype).transpose(2, 3)
+    return [*given[:2], v, *given[2:], keys, values, torch.tensor([position])], given
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dim, value_dim", [(64, 64), (80, 24), (16, 100)])
+@pytest.mark.parametrize("position", [0, 3, 4, -1, -5])
+def test_keys_and_values_are_stored(position, dim, value_dim, dtype):
+    given, plain = cached(dim, value_dim, position, dtype)
+    kept = torch.arange(5) != position % 5
+    limit = 6e-3 if dtype == torch.bfloat16 else 1e-6
+    q, k = by_hand(*plain)
+    for run in (
+        lambda *a: norm_rope_cache_cuda(*a, wrap=Interpreted), norm_rope_cache_plain,
+        norm_rope_cache,
+    ):  # fmt: skip
+        mine = [x.clone() if isinstance(x, torch.Tensor) else x for x in given]
+        assert relative_error(run(*mine), q) <= limit
+        for before, after, stored in zip(given[9:11], mine[9:11], (k, given[2]), strict=True):
+            assert torch.equal(after[:, :, kept], before[:, :, kept])
+            assert relative_error(after[:, :, position], stored) <= limit
+
+
+@pytest.mark.parametrize("position", [5, -6, 1 << 40])
+def test_nothing_is_stored_outside_the_cache(position):
+    given, _ = cached(16, 16, position)
+    wide = [torch.zeros(2, 2, 15, 16) for _ in range(2)]
+    given[9:11] = [x[:, :, 5:10] for x in wide]
+    norm_rope_cache_cuda(*given, wrap=Interpreted)
+    assert not any(x.count_nonzero() for x in wide)
+    with pytest.raises((IndexError, RuntimeError)):
+        norm_rope_cache(*given)
+
+
+def test_opcheck_with_a_cache():
+    torch.library.opcheck(norm_rope_cache, tuple(cached(16, 24, 3)[0]))
+
+
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        (0, torch.ones(6, 16), r"q has dtype torch.float32 and shape \[6, 16\]"),
+        (2, torch.ones(2, 3, 24), r"v is torch.float32 \[2, 3, 24\]; .*\[2, 2, DV\]"),
+        (9, torch.ones(2, 2, 5, 24), r"k_cache is .*; it must be torch.float32 \[2, 2, L, 16\]"),
+        (10, torch.ones(2, 2, 6, 24), r"v_cache is .*\[2, 2, 6, 24\]; .* L that of k_cache"),
+        (10, torch.ones(2, 2, 5, 24).half(), r"v_cache is torch.float16"),
+        (11, torch.ones(2, dtype=torch.int64), r"position is torch.int64 \[2\]"),
+        (11, torch.ones(1), r"position is torch.float32 \[1\]; it must be one integer"),
+    ],
+)
+def test_a_bad_argument_of_the_cache_is_named(place, value, message):
+    given, _ = cached(16, 24, 3)
+    given[place] = value
+    with pytest.raises(ValueError, match=message):
+        norm_rope_cache(*given)
+
+
 def turned(x, cos, sin):
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
@@ -136,12 +206,37 @@ class Attention(nn.Module):
             q, k = self.rotate(q, cos, sin) * 2, self.rotate(k, cos, sin)
         else:
             q, k = self.rotate(q, cos, sin), self.rotate(k, cos, sin)
-        keys.index_copy_(2, position, k)
-        values.index_copy_(2, position, v.transpose(1, 2))
+        self.store(keys, values, k, v.transpose(1, 2), position)
         keep = (torch.arange(keys.shape[2]) <= position)[None, None, None]
         heads = q.shape[1] // keys.shape[1]
         k, v = (x.repeat_interleave(heads, 1) for x in (keys, values))
         return scaled_dot_product_attention(q, k, v, attn_mask=keep)
+
+    def store(self, keys, values, k, v, position):
+        keys.index_copy_(2, position, k)
+        values.index_copy_(2, position, v)
+
+
+class Cached(Attention):
+    """Stores in ways for which the caches stay with Inductor."""
+
+    def store(self, keys, values, k, v, position):
+        if self.change == "two positions":
+            keys.index_copy_(2, position, k)
+            values.index_copy_(2, position - 1, v)
+        elif self.change == "read before":
+            keys.index_copy_(2, position, k + keys[:, :, :1])
+            values.index_copy_(2, position, v)
+        elif self.change == "values read elsewhere":
+            keys.index_copy_(2, position, k)
+            values.index_copy_(2, position, v + values.mean())
+        elif self.change == "added":
+            keys.index_copy_(2, position, k)
+            values.index_add_(2, position, v)
+        else:
+            assert self.change == "keys used elsewhere"
+            keys.index_copy_(2, position, k)
+            values.index_copy_(2, position, v + k)
 
 
 def inputs(dim, part, dtype, batch, tables=1):
@@ -196,7 +291,38 @@ def test_what_is_put_in_place(options, batch, tables, dtype):
     assert report.counts() == {"attention_decode": 1, "norm_rope": 1}
     (site,) = (site for site in report.matched if site.op == "norm_rope")
     norm = ", norm" if options.get("normed", True) else ""
-    assert site.detail == f"B={batch} Hq=4 Hkv=2 D=16 R={options.get('part', 16)}{norm}"
+    assert site.detail == f"B={batch} Hq=4 Hkv=2 D=16 R={options.get('part', 16)}{norm}; cache"
+
+
+@torch.no_grad()
+def test_steps_compiled_by_inductor():
+    module = Attention()
+    compiled = torch.compile(module, backend="inductor_moe", fullgraph=True)
+    given = inputs(16, 16, torch.float32, 2)
+    mine = [x.clone() for x in given]
+    with collected() as reports:
+        for position in (0, 5, 1, 11):
+            for place in (0, 1, 2):
+                given[place] = mine[place] = torch.randn_like(given[place])
+            given[5] = mine[5] = torch.tensor([position])
+            assert relative_error(compiled(*mine), module(*given)) < 1e-5
+            for found, expected in zip(mine[3:5], given[3:5], strict=True):
+                assert relative_error(found, expected) < 1e-5
+    assert any(site.detail.endswith("; cache") for site in reports[0].matched)
+
+
+CHANGES = (
+    "two positions", "read before", "values read elsewhere", "added", "keys used elsewhere",
+)  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_caches_are_left_alone(change, batch):
+    report = compared(Cached(change=change), inputs(16, 16, torch.float32, batch))
+    assert report.counts()["attention_decode"] == 1
+    assert not any("; cache" in site.detail for site in report.matched)
 
 
 @torch.no_grad()
