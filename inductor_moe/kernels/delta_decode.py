@@ -14,55 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from inductor_moe.kernels.delta_launch import Tile, inner_contiguous, padded, strides, traced
+from inductor_moe.kernels.delta_window import (
+    load_window,
+    prefetch_window,
+    shift_window,
+    shifted_window,
+    store_window,
+)
 from inductor_moe.kernels.dependent import place_next, prefetch_lines, wait_for_inputs
-
-
-@triton.jit
-def load_window(
-    x, conv_state,          # [C], [C, L]
-    weight, bias,           # [C, W], [C]
-    channel, inside,        # [BLOCK]
-    state_c, state_l, weight_c, weight_w,
-    L: tl.constexpr, W: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    """silu of the convolution at channel [BLOCK]: W - 1 taps meet the state, the last one x.
-
-    Tap by tap: a [BLOCK, W] tile would impose its layout on the recurrent state.
-    """
-    weight += channel * weight_c
-    conv_state += channel * state_c + (L + 1 - W) * state_l
-    out = tl.load(x + channel, mask=inside, other=0.0).to(tl.float32)
-    out *= tl.load(weight + (W - 1) * weight_w, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        out += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
-    for tap in tl.static_range(W - 1):
-        held = tl.load(conv_state + tap * state_l, mask=inside, other=0.0).to(tl.float32)
-        out += held * tl.load(weight + tap * weight_w, mask=inside, other=0.0).to(tl.float32)
-    return out * tl.sigmoid(out)
-
-
-@triton.jit
-def shift_window(
-    x, conv_state, channel, inside, state_c, state_l,
-    L: tl.constexpr, BLOCK_L: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """Drop the oldest input of channel [BLOCK] and append x, in place."""
-    new = tl.load(x + channel, mask=inside, other=0.0).to(conv_state.dtype.element_ty)
-    if PACKED:
-        # four 16-bit inputs, contiguous, are one word
-        words = conv_state.to(tl.pointer_type(tl.int64)) + channel
-        word = tl.load(words, mask=inside, other=0)
-        new_bits = new.to(tl.int16, bitcast=True).to(tl.int64) << 48
-        tl.store(words, ((word >> 16) & 0xFFFFFFFFFFFF) | new_bits, mask=inside)
-    else:
-        tap = tl.arange(0, BLOCK_L)
-        at = conv_state + channel[:, None] * state_c + tap[None, :] * state_l
-        mask = inside[:, None] & (tap < L)[None, :]
-        moved = tl.load(at + state_l, mask=mask & (tap < L - 1)[None, :], other=0.0)
-        shifted = tl.where((tap == L - 1)[None, :], new[:, None], moved)
-        # another thread of this program may still have to load what this one stores
-        tl.debug_barrier()
-        tl.store(at, shifted, mask=mask)
 
 
 @triton.jit
@@ -130,6 +89,16 @@ def delta_decode_kernel(
     if ONE_HEAD and not SLOTS:
         rows = batch * state_b + tl.minimum(dk, K - 1) * state_k + head * state_h
         prefetch_lines(state + rows + block % (V // BLOCK_V) * BLOCK_V)
+        windows = conv_state + batch * conv_b
+        channel = key_head * K + tl.minimum(dk, K - 1)
+        prefetch_window(conv_weight, windows, channel, weight_c, conv_c)
+        prefetch_window(conv_weight, windows, channel + heads * K, weight_c, conv_c)
+        channel = tl.minimum(2 * heads * K + head * V + dv, 2 * heads * K + heads * GROUP * V - 1)
+        prefetch_window(conv_weight, windows, channel, weight_c, conv_c)
+        if not GIVEN:
+            prefetch_lines(A_log + head * A_h + column * 0)
+            if HAS_DT_BIAS:
+                prefetch_lines(dt_bias + head * dt_h + column * 0)
     wait_for_inputs()
     place_next()
     out += batch * out_b + head * out_h + dv
@@ -243,32 +212,38 @@ def delta_decode_tail_kernel(
     NORM: tl.constexpr, GATED: tl.constexpr, SILU: tl.constexpr,
     SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Norm of one value head, and the shift of BLOCK_C channels."""
-    wait_for_inputs()
-    place_next()
+    """Norm of one value head, and the shift of BLOCK_C channels.
+
+    All that it reads but x is read by `delta_decode_kernel` as well, which writes none of it, so
+    that only x is waited for.
+    """
     head = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     if NORM:
         dv = tl.arange(0, BLOCK_V)
         inside = dv < V
-        result = tl.load(x + batch * x_b + head * x_h + dv, mask=inside, other=0.0)
         amplify = tl.load(norm_weight + dv, mask=inside, other=0.0).to(tl.float32)
         if GATED:
-            gate = tl.load(z + batch * z_b + head * z_h + dv, mask=inside, other=0.0)
+            gates = z + batch * z_b + head * z_h + dv
+            gate = tl.load(gates, mask=inside, other=0.0, cache_modifier=".cg")
             amplify *= activated(gate, SILU)
+    slot = batch
+    if SLOTS:
+        slot = tl.load(slots + batch, cache_modifier=".cg").to(tl.int64)
+    channel = head * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_slot = (channel < channels) & (slot >= 0)
+    conv_state += slot * conv_b
+    shifted = shifted_window(
+        qkv + batch * qkv_b, conv_state, channel, in_slot, conv_c, conv_l, L, BLOCK_L, PACKED
+    )  # fmt: skip
+    wait_for_inputs()
+    place_next()
+    if NORM:
+        result = tl.load(x + batch * x_b + head * x_h + dv, mask=inside, other=0.0)
         result *= tl.rsqrt(tl.sum(result * result) / V + NORM_EPS) * amplify
         at = out + batch * out_b + head * out_h + dv
         tl.store(at, result.to(out.dtype.element_ty), mask=inside)
-    slot = batch
-    if SLOTS:
-        slot = tl.load(slots + batch).to(tl.int64)
-        if slot < 0:
-            return
-    channel = head * BLOCK_C + tl.arange(0, BLOCK_C)
-    shift_window(
-        qkv + batch * qkv_b, conv_state + slot * conv_b, channel, channel < channels,
-        conv_c, conv_l, L, BLOCK_L, PACKED,
-    )  # fmt: skip
+    store_window(shifted, conv_state, channel, in_slot, conv_c, conv_l, L, BLOCK_L, PACKED)
 
 
 def decode_tile(key_width: int, columns: int, batch: int | None) -> Tile:

@@ -222,8 +222,10 @@ def test_dependent_kernels_compile_without_spills(capability, tmp_path, monkeypa
         text = kernel.asm["ptx"]
         early, wait, late = text.partition("griddepcontrol.wait")
         assert wait, name
-        # Nothing is read or written before what earlier kernels wrote is there.
-        assert not re.search(r"\b(ld|st|atom|red)\.global|cp\.async", early), name
+        # Nothing is written before what earlier kernels wrote is there, and nothing read, but for
+        # what the kernel before the last one has read, too.
+        read = "" if name == "delta_decode_tail_kernel" else "ld|"
+        assert not re.search(rf"\b({read}st|atom|red)\.global|cp\.async", early), name
         assert ("prefetch.global.L2" in early) == (name == "delta_decode_kernel")
         assert ("griddepcontrol.launch_dependents" in late) == name.startswith("delta_decode")
         assert "griddepcontrol.launch_dependents" not in early
