@@ -157,7 +157,7 @@ WAIT = "def wait_for_inputs():"
 GENERATED = re.compile(r"^def triton_\w+\([^()]*\):\n", re.MULTILINE)
 # Always: Inductor's own way lets a kernel go without waiting where it reads nothing of the one
 # before, which may still run when this one's successor begins.
-WAITING = r"\g<0>    tl.extra.cuda.gdc_wait()\n"
+WAITING = "\\g<0>    tl.extra.cuda.gdc_wait()\n    tl.extra.cuda.gdc_launch_dependents()\n"
 PLAIN, DEPENDENT = (f"DEPENDENT = tl.constexpr({value})" for value in (False, True))
 
 

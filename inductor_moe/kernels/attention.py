@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from inductor_moe.kernels.dependent import wait_for_inputs
+from inductor_moe.kernels.dependent import place_next, wait_for_inputs
 
 
 @triton.jit
@@ -66,6 +66,7 @@ def attention_decode_kernel(
     STAGES: tl.constexpr,
 ):
     wait_for_inputs()
+    place_next()
     GROUP_BLOCKS: tl.constexpr = (G + BLOCK_G - 1) // BLOCK_G
     SCANNED: tl.constexpr = 1024 // BLOCK_L
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -166,6 +167,7 @@ def attention_combine_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     wait_for_inputs()
+    place_next()
     LOG2E: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
     e = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)

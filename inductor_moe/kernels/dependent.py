@@ -29,9 +29,9 @@ def wait_for_inputs():
 def place_next():
     """Let programs of the next kernel be placed from now on, not when this kernel's have ended.
 
-    For kernels of few, short programs, after `wait_for_inputs`, and before kernels that ask for
-    their weights early. Elsewhere it costs more than it saves: the next kernel's programs crowd on
-    the multiprocessors that have room first.
+    After `wait_for_inputs`, where a measurement says so: in kernels of few, short programs, and
+    before kernels that ask for their weights early. Elsewhere it costs more than it saves: the
+    next kernel's programs crowd on the multiprocessors that have room first.
     """
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()

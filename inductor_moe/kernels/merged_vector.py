@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from inductor_moe.kernels.dependent import wait_for_inputs
+from inductor_moe.kernels.dependent import place_next, wait_for_inputs
 from inductor_moe.kernels.merged_linear import dense_rows, pick
 from inductor_moe.kernels.quant_vector import vector_rows
 
@@ -35,6 +35,7 @@ def merged_vector_kernel(
 ):  # fmt: skip
     """Programs of dense rows, which read more, come first."""
     wait_for_inputs()
+    place_next()
     block = tl.program_id(0)
     width = n0 + n1 + n2 + n3
     dense_blocks = 0

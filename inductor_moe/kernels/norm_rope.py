@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from inductor_moe.kernels.dependent import wait_for_inputs
+from inductor_moe.kernels.dependent import place_next, wait_for_inputs
 
 
 @triton.jit
@@ -56,6 +56,7 @@ def norm_rope_kernel(
     BLOCK_D: tl.constexpr,  # from D and DV on
 ):
     wait_for_inputs()
+    place_next()
     head = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)

@@ -1,4 +1,4 @@
-"""Decode steps on a GPU: kernels that begin before others end, and small ones between matmuls."""
+"""Decode steps on a GPU: kernels that begin before others end, and caches written on the way."""
 
 from __future__ import annotations
 

@@ -15,11 +15,14 @@ import torch
 import triton
 import triton.language as tl
 from delta_inputs import decode_inputs
+from kernels import test_norm_rope_offline_compile as norm_rope_shapes
 from kernels.generated import Drawn, source
+from kernels.test_attention_offline_compile import record as record_attention
 from kernels.test_dispatch_source import packed_experts
 from kernels.test_inductor_source import KERNELS
 from kernels.test_moe_offline_compile import (
     H100,
+    POINTERS,
     Recorder,
     local_memory,
     record,
@@ -200,7 +203,10 @@ def launches_of_a_decode_step(monkeypatch):
     delta_decode.delta_decode(*decode_inputs())
     record("qwen3_5", 1, H100, launches)
     record_router(2048, 1, launches)
+    monkeypatch.setitem(POINTERS, torch.bool, "*i1")
+    record_attention("qwen3_5", H100, launches, True)
     for found in (
+        norm_rope_shapes.record("qwen3_5", True),
         record_experts(SCHEMES["int4"], 1, H100),
         record_linear(SCHEMES["int4"], 1, H100),
         record_linear(SCHEMES["int4"], 4, H100, 512),
@@ -210,6 +216,12 @@ def launches_of_a_decode_step(monkeypatch):
     ):
         launches |= found
     return {made.fn.fn.__name__: (made, options) for made, options in launches.values()}
+
+
+PLACING = {
+    "attention_combine_kernel", "attention_decode_kernel", "delta_decode_kernel",
+    "delta_decode_tail_kernel", "merged_vector_kernel", "norm_rope_kernel",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("capability", [90, 100])
@@ -227,10 +239,11 @@ def test_dependent_kernels_compile_without_spills(capability, tmp_path, monkeypa
         read = "" if name == "delta_decode_tail_kernel" else "ld|"
         assert not re.search(rf"\b({read}st|atom|red)\.global|cp\.async", early), name
         assert ("prefetch.global.L2" in early) == (name == "delta_decode_kernel")
-        assert ("griddepcontrol.launch_dependents" in late) == name.startswith("delta_decode")
+        assert ("griddepcontrol.launch_dependents" in late) == (name in PLACING), name
         assert "griddepcontrol.launch_dependents" not in early
     assert {"delta_decode_kernel", "merged_linear_kernel", "moe_up_decode_kernel"} < set(found)
     assert {"merged_rows_kernel", "quantized_slices_kernel"} < set(found)
+    assert set(found) > PLACING
 
 
 EARLY = {"w", "scales", "zeros", "ids", "down_w", "down_scales", "down_zeros", "router", "gate"}
@@ -335,7 +348,7 @@ def test_weights_are_asked_for_early_where_nothing_may_write_them(case, monkeypa
 
 @pytest.mark.parametrize("asked", [True, False])
 @pytest.mark.parametrize("elements", [512, None])
-def test_a_generated_kernel_waits_as_ours_do(elements, asked):
+def test_a_generated_kernel_waits_as_ours_do_and_places_the_next(elements, asked):
     drawn = Drawn(2, 8, 4)
     x = drawn.tensor(drawn.tokens if elements is None else elements, 1)
     with config.patch(
@@ -345,6 +358,6 @@ def test_a_generated_kernel_waits_as_ours_do(elements, asked):
     (text,) = kernels(code)
     assert re.findall(r"'launch_pdl': (\w+)", text) == [str(asked)]
     body = text.split("@triton.jit\n")[1]
-    wait = "tl.extra.cuda.gdc_wait()"
-    assert (body.splitlines()[1].strip() == wait) == asked
-    assert text.count(wait) == asked and "gdc_launch_dependents" not in text
+    first = [f"    tl.extra.cuda.{call}()" for call in ("gdc_wait", "gdc_launch_dependents")]
+    assert (body.splitlines()[1:3] == first) == asked
+    assert [text.count(line) for line in first] == [asked, asked]
