@@ -28,7 +28,10 @@ NAMES = {"ours": "inductor_moe", "inductor": "Inductor", "eager": "eager", "fla"
 
 @dataclasses.dataclass
 class Table:
-    """One op of one model on one GPU; `cells` maps size -> provider -> (microseconds, error)."""
+    """One op of one model on one GPU; `cells` maps size -> provider -> (microseconds, error).
+
+    `notes` maps a provider to what is to be known of its times.
+    """
 
     op: str
     model: str
@@ -41,14 +44,17 @@ class Table:
     eager_error: dict[int, float | None]
     of_ceiling: dict[int, float | None]
     rates: dict[int, tuple[float, float]]  # of inductor_moe: TB/s and TFLOP/s
+    notes: dict[str, str]
 
 
 def load(folder: Path = RESULTS) -> list[Table]:
-    """The tables of every file; of an op and model measured twice, the file that sorts last."""
-    found: dict[tuple[str, str, str], Table] = {}
+    """The tables of every file; of an op, a model and providers measured twice, the file that
+    sorts last."""
+    found: dict[tuple[Any, ...], Table] = {}
     for path in sorted(folder.glob("*.json")):
-        held = json.loads(path.read_text())
-        found.update({(t.op, t.model, t.gpu): t for t in _tables(held)})
+        for table in _tables(json.loads(path.read_text())):
+            providers = frozenset(name for row in table.cells.values() for name in row)
+            found[table.op, table.model, table.gpu, providers] = table
     return list(found.values())
 
 
@@ -76,10 +82,13 @@ def _tables(held: dict[str, Any]) -> list[Table]:
                 {},
                 {},
                 {},
+                {},
             )
         table = tables[key]
         table.cells.setdefault(size, {})[row["provider"]] = (row["us"], row["error"])
         table.eager_error[size] = row["eager_error"]
+        if row["note"]:
+            table.notes[row["provider"]] = row["note"]
         if row["provider"] == "ours":
             table.of_ceiling[size] = row["of_ceiling"]
             if row["us"]:
@@ -173,13 +182,15 @@ def markdown(table: Table) -> str:
 
 def experts_summary(tables: list[Table]) -> str:
     """Routed experts of every model: share of the least possible time, and TFLOP/s at most."""
-    chosen = [table for table in tables if table.op == "moe-experts" and table.of_ceiling]
+    measured = [table for table in tables if table.op == "moe-experts" and table.of_ceiling]
+    measured.sort(key=lambda table: (table.gpu, table.model, len(table.of_ceiling)))
+    chosen = list({(table.gpu, table.model): table for table in measured}.values())  # most sizes
     if not chosen:
         return ""
     few = sorted(set.intersection(*({*table.of_ceiling} for table in chosen)) & {*range(65)})
     head = ["model", *(f"{size:,} tokens" for size in few), "most TFLOP/s", "at tokens"]
     lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
-    for table in sorted(chosen, key=lambda table: (table.gpu, table.model)):
+    for table in chosen:
         size, (_, most) = max(table.rates.items(), key=lambda item: item[1][1])
         shares = [_shown(table.of_ceiling.get(each), "{:.0%}") for each in few]
         lines.append(_line([table.model, *shares, f"{most:,.0f}", f"{size:,}"]))
@@ -193,9 +204,10 @@ def experts_summary(tables: list[Table]) -> str:
 def caption(table: Table) -> str:
     """What was measured, where, and how to repeat it."""
     commit = f", commit {table.commit[:9]}" if table.commit else ""
+    notes = "".join(f"; {NAMES[name]} with {note}" for name, note in table.notes.items())
     return (
         f"`{table.op}` of {table.model}, bf16, on one {table.gpu}; {table.versions}{commit}; "
-        f"`{table.command}`"
+        f"`{table.command}`{notes}"
     )
 
 
