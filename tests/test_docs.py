@@ -224,6 +224,7 @@ def test_tables_are_made_from_the_rows(tables, tmp_path):
     assert first == "| 4 | 50.0 | 75.0 | 1.50 | 2 | 40 | 50% | 2.0e-03 (3.0e-03) |"
     assert second == "| 1,024 | - | - | - | - | - | - | 2.0e-03 (3.0e-03) |"
     assert "A GPU" in tables.caption(table) and "012345678" in tables.caption(table)
+    assert "not installed" not in tables.caption(table) and "wrong" not in tables.caption(table)
     assert "No measurement" in tables.headline([])
 
 
@@ -235,6 +236,15 @@ def test_routed_experts_of_all_models_are_one_table(tables, tmp_path):
     assert found[-1] == "| a | 50% | 500 | 16,384 |"
     assert found[-3] == "| model | 4 tokens | most TFLOP/s | at tokens |"
     assert tables.experts_summary([]) == ""
+
+    peer = {**row, "provider": "liger", "us": 75.0, "note": "no CUDA graph"}
+    ours = {**row, "of_ceiling": 0.4}
+    (tmp_path / "b.json").write_text(json.dumps({**HELD, "rows": [ours, peer]}))
+    both = tables.load(tmp_path)
+    assert [tables.caption(table).endswith("; Liger with no CUDA graph") for table in both] == [
+        False, True,
+    ]  # fmt: skip
+    assert tables.experts_summary(both).splitlines() == found
 
 
 def test_whole_models_are_shown_by_tokens(tables, tmp_path):

@@ -48,13 +48,14 @@ class Table:
 
 
 def load(folder: Path = RESULTS) -> list[Table]:
-    """The tables of every file; of an op, a model and providers measured twice, the file that
-    sorts last."""
+    """The tables of every file; of an op, a model and providers timed twice, the file that sorts
+    last.
+    """
     found: dict[tuple[Any, ...], Table] = {}
     for path in sorted(folder.glob("*.json")):
         for table in _tables(json.loads(path.read_text())):
-            providers = frozenset(name for row in table.cells.values() for name in row)
-            found[table.op, table.model, table.gpu, providers] = table
+            timed = frozenset(n for row in table.cells.values() for n in row if row[n][0])
+            found[table.op, table.model, table.gpu, timed] = table
     return list(found.values())
 
 
@@ -87,7 +88,7 @@ def _tables(held: dict[str, Any]) -> list[Table]:
         table = tables[key]
         table.cells.setdefault(size, {})[row["provider"]] = (row["us"], row["error"])
         table.eager_error[size] = row["eager_error"]
-        if row["note"]:
+        if row["note"] and row["us"]:
             table.notes[row["provider"]] = row["note"]
         if row["provider"] == "ours":
             table.of_ceiling[size] = row["of_ceiling"]
