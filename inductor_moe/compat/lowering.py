@@ -218,6 +218,7 @@ def lower_by_tracing(
     with V.fake_mode:
         traced = make_fx(call, decomposition_table=select_decomp_table())(*inputs)
     _own_subgraphs(traced)
+    _share_inputs(traced)
     return process_subgraph_nodes(traced, boxes)
 
 
@@ -275,6 +276,34 @@ def branch(
 
     cond: Any = torch.ops.higher_order.cond
     return tuple(cond(condition, over_tensors(yes), over_tensors(no), tensors))
+
+
+def _share_inputs(traced: fx.GraphModule) -> None:
+    """Have what several launches read computed once. Left to Inductor, each has its own copy."""
+    launch = torch.ops.higher_order.triton_kernel_wrapper_mutation
+    graphs = [module.graph for module in traced.modules() if isinstance(module, fx.GraphModule)]
+    for graph in graphs:  # with those of branches
+        for node in list(graph.nodes):
+            launches = sum(user.target is launch for user in node.users)
+            if launches < 2 or node.op != "call_function" or node.target in EMPTY:
+                continue
+            if not isinstance(node.meta["val"], torch.Tensor):
+                continue
+            with graph.inserting_after(node):
+                shared = graph.call_function(_realise, (node,))
+            shared.meta = dict(node.meta)
+            node.replace_all_uses_with(shared, lambda user, shared=shared: user is not shared)
+
+
+EMPTY = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default)
+
+
+def _realise(x: Any) -> Any:
+    x.realize()
+    return x
+
+
+_realise._inductor_lowering_function = True  # type: ignore[attr-defined]
 
 
 def _own_subgraphs(traced: fx.GraphModule) -> None:
