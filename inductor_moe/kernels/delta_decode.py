@@ -89,6 +89,8 @@ def delta_decode_kernel(
     if ONE_HEAD and not SLOTS:
         rows = batch * state_b + tl.minimum(dk, K - 1) * state_k + head * state_h
         prefetch_lines(state + rows + block % (V // BLOCK_V) * BLOCK_V)
+    # A tile of few rows: all its programs wait at once.
+    if ONE_HEAD and not SLOTS and BLOCK_K * BLOCK_V <= 2048:
         windows = conv_state + batch * conv_b
         channel = key_head * K + tl.minimum(dk, K - 1)
         prefetch_window(conv_weight, windows, channel, weight_c, conv_c)
