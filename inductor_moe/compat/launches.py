@@ -1,4 +1,4 @@
-"""Launches of Triton kernels: what they write, and how they are launched.
+"""Launches of Triton kernels: what they write, and how they are compiled and launched.
 
 Inductor generates and analyses the Triton IR of every launch in a graph, twice. Models repeat
 their launches in every layer, and the answer depends on the kernel, its constants and the dtypes:
@@ -78,7 +78,7 @@ def _kind(value: Any) -> Hashable:
 @functools.cache
 def launch_dependently() -> None:
     """Let graphs launch this package's kernels, and those that Inductor generates between them,
-    while the kernel before them ends. Idempotent.
+    while the kernel before them ends; and compile those with REGISTERS for as many. Idempotent.
 
     The copy of a kernel that Inductor writes into a graph's code is changed, not the kernel: the
     analysis of what a launch writes gives up on the instructions this takes.
@@ -89,7 +89,11 @@ def launch_dependently() -> None:
 
     @functools.wraps(define)
     def define_kernel(self: Any, name: str, body: str, *args: Any, **kwargs: Any) -> Any:
-        if PLAIN in body and WAIT in body and _may_depend():  # others' may have such a constant
+        ours = PLAIN in body and WAIT in body  # others' may have such a constant
+        limit = REGISTERS.search(body) if ours and not torch.version.hip else None
+        if limit:
+            body = body.replace(TUNER, LIMITED.format(limit[1]) + TUNER, 1)
+        if ours and _may_depend():
             body = _launched_dependently(body.replace(PLAIN, DEPENDENT))
         elif name.startswith("triton_") and len(GENERATED.findall(body)) == 1 and _may_depend():
             body = _launched_dependently(GENERATED.sub(WAITING, body))
@@ -154,6 +158,9 @@ static inline void launchDependentKernel(
 }
 """
 WAIT = "def wait_for_inputs():"
+REGISTERS = re.compile(r"'REGISTERS': ([1-9]\d*)")
+TUNER = "@triton_heuristics.user_autotune("
+LIMITED = "from inductor_moe.compat.registers import at_most\n\n@at_most({})\n"
 GENERATED = re.compile(r"^def triton_\w+\([^()]*\):\n", re.MULTILINE)
 # Always: Inductor's own way lets a kernel go without waiting where it reads nothing of the one
 # before, which may still run when this one's successor begins.
