@@ -13,8 +13,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from inductor_moe.kernels.delta_chunk import binary_decay, corners
-
 MILDEST = tl.constexpr(-192.0)  # log2 of the decay that one middle still bears
 
 
@@ -48,6 +46,13 @@ def border_sums(decay, level, C: tl.constexpr, EXACT: tl.constexpr):
     first = tl.where(right, middle, row + 1)
     count = tl.where(right, row + 1 - middle, middle + (1 << level) - 1 - row)
     return sums_over(row_ranges(first, count, C), decay, EXACT)
+
+
+@triton.jit
+def corners(level, C: tl.constexpr):
+    """[C, C]: row in a right, column in the left block beside it, pairs of blocks of 2**level."""
+    block = tl.arange(0, C) >> level
+    return (block[:, None] == block[None, :] + 1) & ((block[:, None] & 1) == 1)
 
 
 @triton.jit
@@ -89,7 +94,7 @@ def strong_decays(
         key = tl.load(k + (row[:, None] * k_t + dk[None, :]), mask=mask, other=0.0)
         query = tl.load(q + (row[:, None] * q_t + dk[None, :]), mask=mask, other=0.0)
         decay = tl.load(g + (row[:, None] * g_t + dk[None, :]), mask=mask, other=0.0)
-        decay = binary_decay(decay)
+        decay = decay.to(tl.float32)
         for level in range(levels):
             kk, qk = add_pairs(kk, qk, key, query, decay, level, C, EXACT, PRECISION)
 
@@ -103,7 +108,7 @@ def strong_decays(
         decay = tl.load(g + (row[:, None] * g_t + dk[None, :]), mask=mask, other=0.0)
         key = key.to(tl.float32)
         query = query.to(tl.float32)
-        decay = binary_decay(decay)
+        decay = decay.to(tl.float32)
         queries += tl.sum(query * query, 1)
         keys += tl.sum(key * key, 1)
         diagonal += tl.sum(query * key, 1)
@@ -178,7 +183,6 @@ def mild_decays(
         key = tl.load(k + (row[:, None] * k_t + dk[None, :]), mask=mask, other=0.0)
         query = tl.load(q + (row[:, None] * q_t + dk[None, :]), mask=mask, other=0.0)
         decay = tl.load(g + (row[:, None] * g_t + dk[None, :]), mask=mask, other=0.0)
-        decay = binary_decay(decay).to(tl.float16)
         key = key.to(tl.float32)
         query = query.to(tl.float32)
         queries += tl.sum(query * query, 1)

@@ -8,28 +8,32 @@ times it, and the factor of every row; the second carries S.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import SymInt, Tensor
 
+from inductor_moe.kernels.delta_inverse import unit_lower_inverse
 from inductor_moe.kernels.delta_launch import (
     CHUNK,
     LEVELS,
     Tile,
+    binary_decay,
     inner_contiguous,
     limits,
     padded,
     strides,
     traced,
 )
+from inductor_moe.kernels.delta_scan_transposed import delta_scan_transposed_kernel
 from inductor_moe.kernels.dependent import wait_for_inputs
 
-
-@triton.jit
-def binary_decay(g):
-    """Log decay to base two. Below the floor exp2 is zero; the sums never meet -inf minus -inf."""
-    return tl.maximum(g.to(tl.float32) * 1.4426950408889634, -160.0)
+# Microseconds of a chunk on an H100, by the value channels of a program. From HELD on, the rows of
+# a warp group's products, the state stays in registers.
+CHUNK_TIMES = {32: 1.28, 64: 1.62, 128: 2.9}
+HELD = 64
 
 
 @triton.jit
@@ -56,46 +60,24 @@ def chunk_bounds(slot, cu_seqlens, sequences, tokens, C: tl.constexpr, VARLEN: t
 
 
 @triton.jit
-def corners(level, C: tl.constexpr):
-    """[C, C]: row in a right, column in the left block beside it, pairs of blocks of 2**level."""
-    block = tl.arange(0, C) >> level
-    return (block[:, None] == block[None, :] + 1) & ((block[:, None] & 1) == 1)
-
-
-@triton.jit
-def unit_lower_inverse(a, levels, C: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + a)^-1 in fp32 of a strictly lower triangular [C, C], C = 2**levels.
-
-    Inverses of the diagonal blocks of 2**level rows give those of twice as many, by products in
-    a's dtype. levels comes at run time: unrolled, every level's mask would live in registers.
-    """
-    DTYPE: tl.constexpr = a.dtype
-    row = tl.arange(0, C)
-    inverse = tl.where(corners(0, C), -a.to(tl.float32), 0.0)
-    inverse = tl.where(row[:, None] == row[None, :], 1.0, inverse)
-    for level in range(1, levels):
-        blocks = inverse.to(DTYPE)
-        lower = tl.where(corners(level, C), a, 0.0).to(DTYPE)
-        lower = tl.dot(lower, blocks, input_precision=PRECISION).to(DTYPE)
-        inverse -= tl.dot(blocks, lower, input_precision=PRECISION)
-    return inverse
-
-
-@triton.jit
 def delta_chunk_intra_kernel(
     q, k,                   # [B, T, H, K]
-    g, beta,                # [B, T, HV]; g absent without HAS_GATE
-    solve,                  # [B, HV, T, 2, C]: (I + A)^-1 beta; SCALE * causal q k^T times that
-    rows,                   # [4, B, HV, T] fp32: factors of k's read, k's write, q's read; decay
+    g, beta,                # [B, T, HV]; g fp32 log2 decays, absent without HAS_GATE
+    solve,                  # [B, HV, T, 2, C]: (I + A)^-1 beta, with the factor of the row that is
+                            # written; SCALE * causal q k^T (I + A)^-1 beta
+    rows,                   # [3, B, HV, T] fp32: factors of k's read and of q's; decay so far
     cu_seqlens,             # [N + 1] with VARLEN
     levels, sequences, tokens, value_heads, rows_kind,
     SCALE: tl.constexpr, EPS: tl.constexpr,
     q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, beta_b, beta_t, beta_h,
     GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr,
     HAS_GATE: tl.constexpr, NORMALIZE: tl.constexpr, VARLEN: tl.constexpr,
-    SHORT_SOLVE: tl.constexpr, PRECISION: tl.constexpr,
+    SHORT_SOLVE: tl.constexpr, PRECISION: tl.constexpr, REGISTERS: tl.constexpr,
 ):  # fmt: skip
-    """SHORT_SOLVE inverts in fp16, whose 11 bits suffice where unit keys bound the entries."""
+    """SHORT_SOLVE inverts in fp16, whose 11 bits suffice where unit keys bound the entries.
+
+    REGISTERS as `Tile` says.
+    """
     wait_for_inputs()
     head = tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)
@@ -112,7 +94,7 @@ def delta_chunk_intra_kernel(
     to_end = from_start
     if HAS_GATE:
         g += batch * g_b + head * g_h + first * g_t
-        decay = binary_decay(tl.load(g + row * g_t, mask=inside, other=0.0))
+        decay = tl.load(g + row * g_t, mask=inside, other=0.0)
         total = tl.cumsum(decay)
         from_start = tl.exp2(total)
         to_end = tl.exp2(tl.cumsum(decay, reverse=True) - decay)
@@ -143,29 +125,29 @@ def delta_chunk_intra_kernel(
     rows += start + row
     kind = tl.cast(rows_kind, tl.int64)
     tl.store(rows, from_start * key_scale, mask=inside)
-    tl.store(rows + kind, to_end * key_scale, mask=inside)
-    tl.store(rows + 2 * kind, from_start * query_scale, mask=inside)
-    tl.store(rows + 3 * kind, from_start, mask=inside)
+    tl.store(rows + kind, from_start * query_scale, mask=inside)
+    tl.store(rows + 2 * kind, from_start, mask=inside)
 
     causal = row[:, None] >= row[None, :]
-    between = tl.where(causal, key_scale[None, :], 0.0)
+    # (I + beta L)^-1 beta = beta (I + L beta)^-1: L and q k^T share the factors of the columns
+    between = tl.where(causal, (key_scale * strength)[None, :], 0.0)
     if HAS_GATE:
         between *= tl.exp2(tl.where(causal, total[:, None] - total[None, :], 0.0))
     scores = (qk * query_scale[:, None] * between).to(q.dtype.element_ty)
-    a = kk * (key_scale * strength)[:, None] * between
-    a = tl.where(row[:, None] > row[None, :], a, 0.0)
+    a = kk * key_scale[:, None] * between
+    a = tl.where(row[:, None] > row[None, :], -a, 0.0)
     a = a.to(tl.float16 if SHORT_SOLVE else tl.float32)
-    inverse = unit_lower_inverse(a, levels, C, PRECISION) * strength[None, :]
-    inverse = inverse.to(q.dtype.element_ty)
+    inverse = unit_lower_inverse(a, levels, C, PRECISION)
+    product = tl.dot(scores, inverse.to(scores.dtype), input_precision=PRECISION)
+    inverse *= (to_end * key_scale * strength)[:, None]
     solve += start * (2 * C) + row[:, None] * (2 * C) + row[None, :]
-    tl.store(solve, inverse, mask=inside[:, None])
-    product = tl.dot(scores, inverse, input_precision=PRECISION)
-    tl.store(solve + C, product.to(q.dtype.element_ty), mask=inside[:, None])
+    tl.store(solve, inverse.to(scores.dtype), mask=inside[:, None])
+    tl.store(solve + C, product.to(scores.dtype), mask=inside[:, None])
 
 
 @triton.jit
 def load_rows(rows, kind, start, first, length, C: tl.constexpr):
-    """The chunk's factors [C] of k's read, k's write and q's read, and its whole decay.
+    """The chunk's factors [C] of k's read and of q's, and its whole decay.
 
     rows is at the sequence's first row, `start` rows into the tensor's.
     """
@@ -173,12 +155,11 @@ def load_rows(rows, kind, start, first, length, C: tl.constexpr):
     inside = row < length - first
     rows += first
     key_read = tl.load(rows + row, mask=inside, other=0.0)
-    key_write = tl.load(rows + kind + row, mask=inside, other=0.0)
-    query_read = tl.load(rows + 2 * kind + row, mask=inside, other=0.0)
+    query_read = tl.load(rows + kind + row, mask=inside, other=0.0)
     last = tl.minimum(length - first, C) - 1
     # no mask: a masked scalar load slows the serial kernel by a quarter
-    whole = tl.load(rows + 3 * kind + tl.maximum(last, -first - start))
-    return key_read, key_write, query_read, whole
+    whole = tl.load(rows + 2 * kind + tl.maximum(last, -first - start))
+    return key_read, query_read, whole
 
 
 @triton.jit
@@ -186,7 +167,7 @@ def delta_chunk_scan_kernel(
     q, k,                   # [B, T, H, K]
     v, o,                   # [B, T, HV, V]
     solve,                  # [B, HV, T, 2, C]
-    rows,                   # [4, B, HV, T] fp32
+    rows,                   # [3, B, HV, T] fp32
     state, final,           # [N, HV, K, V]; state absent without HAS_STATE
     cu_seqlens,             # [N + 1] with VARLEN
     tokens, value_heads, rows_kind,
@@ -235,7 +216,7 @@ def delta_chunk_scan_kernel(
     length = end - start
     DTYPE: tl.constexpr = q.dtype.element_ty
     # Loads that no product takes whole are not pipelined: a chunk ahead, they hide their latency.
-    key_read, key_write, query_read, whole = load_rows(rows, kind, start, 0, length, C)
+    key_read, query_read, whole = load_rows(rows, kind, start, 0, length, C)
     for first in range(0, length, C):
         inside = row < length - first
         in_key = inside[:, None] & in_k[None, :]
@@ -245,9 +226,7 @@ def delta_chunk_scan_kernel(
         query = tl.load(q + first * q_t + query_cell, mask=in_key, other=0.0)
         value = tl.load(v + first * v_t + value_cell, mask=in_value, other=0.0)
         both = tl.load(solve + first * (2 * C) + solve_cell, mask=in_solve, other=0.0)
-        next_read, next_write, next_query, next_whole = load_rows(
-            rows, kind, start, first + C, length, C
-        )
+        next_read, next_query, next_whole = load_rows(rows, kind, start, first + C, length, C)
 
         narrow = current.to(DTYPE)
         read = tl.dot(key, narrow, input_precision=PRECISION)
@@ -255,29 +234,64 @@ def delta_chunk_scan_kernel(
         rest = (value.to(tl.float32) - read * key_read[:, None]).to(DTYPE)
         both = tl.dot(both, rest, input_precision=PRECISION)
         both = tl.permute(tl.reshape(both, (2, C, BLOCK_V)), (1, 2, 0))
-        delta, added = tl.split(both)
-        write = (delta * key_write[:, None]).to(DTYPE)
-        current = tl.dot(tl.trans(key), write, current * whole, input_precision=PRECISION)
+        write, added = tl.split(both)
+        current = tl.dot(
+            tl.trans(key), write.to(DTYPE), current * whole, input_precision=PRECISION
+        )
         out = out * query_read[:, None] + added
         tl.store(o + first * o_t + out_cell, out.to(DTYPE), mask=in_value)
-        key_read, key_write, query_read, whole = next_read, next_write, next_query, next_whole
+        key_read, query_read, whole = next_read, next_query, next_whole
     at = sequence * final_b + head * final_h + dk[:, None] * final_k + dv[None, :]
     tl.store(final + at, current.to(final.dtype.element_ty), mask=in_state)
 
 
 def intra_tile(key_width: int, dtype: torch.dtype, device: torch.device) -> Tile:
-    hopper = limits(device).capability >= 90
-    widest = 32 if dtype.itemsize > 2 else 128 if hopper else 64
-    return Tile(min(padded(key_width), widest), 0, 4 if hopper else 8)
+    """On Hopper three programs a multiprocessor, in 16 bits: it is latency that bounds them."""
+    if limits(device).capability < 90:
+        return Tile(min(padded(key_width), 32 if dtype.itemsize > 2 else 64), 0, 8)
+    if dtype.itemsize > 2:
+        return Tile(min(padded(key_width), 32), 0, 4)
+    return Tile(min(padded(key_width), 64), 0, 4, registers=168)
+
+
+def value_block(
+    value_width: int, states: int | SymInt, processors: int, times: Mapping[int, float]
+) -> int:
+    """The value channels of a program with which this many states take the least time.
+
+    A multiprocessor has room for one program: every multiple of their number is another turn.
+    """
+    if not isinstance(states, int):
+        return HELD
+
+    def duration(value: int) -> float:
+        return triton.cdiv(states * value_width // value, processors) * times[value]
+
+    return min((value for value in times if value_width % value == 0), key=duration)
 
 
 def scan_tile(
-    key_width: int, value_width: int, dtype: torch.dtype, device: torch.device, keys: int = 2
+    key_width: int,
+    value_width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    states: int | SymInt,
+    keys: int = 2,
+    times: Mapping[int, float] = CHUNK_TIMES,
 ) -> Tile:
-    """Three stages of one chunk's inputs where they fit; keys counts its [C, K] operands."""
-    capability, shared = limits(device)
+    """That of the serial kernel, which is `delta_scan_transposed_kernel` from HELD values on.
+
+    keys counts the [C, K] operands of a chunk.
+    """
+    capability, shared, processors = limits(device)
     block_k = padded(key_width)
     block_v = min(padded(value_width), 32 if dtype.itemsize == 2 else 16)
+    holds = capability == 90 and dtype.itemsize == 2 and block_k <= 128
+    if holds and value_width % HELD == 0:
+        block_v = value_block(value_width, states, processors, times)
+    if block_v >= HELD:
+        return Tile(block_k, block_v, block_v // 16, 3 if keys == 2 else 2)
+    # three stages of one chunk's inputs where they fit
     chunk_bytes = CHUNK * (keys * block_k + 2 * CHUNK + block_v) * dtype.itemsize
     # what the compiler stages of the state and the row blocks between products
     fixed = (block_k + 3 * CHUNK) * block_v * dtype.itemsize + 2048
@@ -307,6 +321,7 @@ def delta_rule_chunk(
     Call `kernels.delta_rule.delta_rule_padded`: this expects vector-loadable rows.
     """
     q, k, v = inner_contiguous(q), inner_contiguous(k), inner_contiguous(v)
+    g = None if g is None else binary_decay(g)
     state = None if state is None else inner_contiguous(state)
     batch, tokens, heads, key_width = q.shape
     value_heads, value_width = v.shape[2:]
@@ -314,8 +329,9 @@ def delta_rule_chunk(
     sequences = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else batch
     slots = tokens // CHUNK + sequences if varlen else (tokens + CHUNK - 1) // CHUNK
     solve = q.new_empty((batch, value_heads, tokens, 2, CHUNK))
-    rows = torch.empty((4, batch, value_heads, tokens), dtype=torch.float32, device=q.device)
+    rows = torch.empty((3, batch, value_heads, tokens), dtype=torch.float32, device=q.device)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+
     final = torch.empty(
         (sequences, value_heads, key_width, value_width),
         dtype=torch.float32 if state is None else state.dtype,
@@ -330,18 +346,30 @@ def delta_rule_chunk(
         GROUP=value_heads // heads, K=key_width, BLOCK_K=tile.key, C=CHUNK,
         HAS_GATE=g is not None, NORMALIZE=l2norm_eps is not None, VARLEN=varlen,
         SHORT_SOLVE=short_solve(q.dtype, l2norm_eps), PRECISION=precision,
-        num_warps=tile.warps,
+        REGISTERS=tile.registers, num_warps=tile.warps,
     )  # fmt: skip
-    tile = scan or scan_tile(key_width, value_width, q.dtype, q.device)
+    states = sequences * value_heads
+    tile = scan or scan_tile(key_width, value_width, q.dtype, q.device, states)
     grid = (triton.cdiv(value_width, tile.value), value_heads, sequences)
-    traced(delta_chunk_scan_kernel)[grid](
-        q, k, v, out, solve, rows, state, final, cu_seqlens,
-        tokens, value_heads, rows.stride(0),
+    numbers = (
+        value_heads, rows.stride(0),
         *strides(q, 3), *strides(k, 3), *strides(v, 3), *strides(out, 3),
         *strides(state, 3), *strides(final, 3),
-        GROUP=value_heads // heads, K=key_width, V=value_width,
-        BLOCK_K=tile.key, BLOCK_V=tile.value, C=CHUNK,
-        HAS_STATE=state is not None, VARLEN=varlen, PRECISION=precision,
-        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    constants = {
+        "GROUP": value_heads // heads, "K": key_width, "V": value_width,
+        "BLOCK_K": tile.key, "BLOCK_V": tile.value, "C": CHUNK,
+        "HAS_STATE": state is not None, "VARLEN": varlen,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    if tile.value < HELD:
+        traced(delta_chunk_scan_kernel)[grid](
+            q, k, v, out, solve, rows, state, final, cu_seqlens, tokens, *numbers,
+            PRECISION=precision, **constants,
+        )  # fmt: skip
+    else:
+        traced(delta_scan_transposed_kernel)[grid](
+            q, k, None, v, out, solve, rows, None, state, final, cu_seqlens, tokens, slots,
+            *numbers, PER_CHANNEL=False, WIDE_RANGE=False, STAGES=tile.stages, **constants,
+        )  # fmt: skip
     return out, final

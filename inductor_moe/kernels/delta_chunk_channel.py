@@ -14,23 +14,23 @@ import triton.language as tl
 from torch import Tensor
 
 from inductor_moe.kernels.delta_channel_pairs import MILDEST, mild_decays, strong_decays
-from inductor_moe.kernels.delta_chunk import (
-    chunk_bounds,
-    scan_tile,
-    short_solve,
-    unit_lower_inverse,
-)
+from inductor_moe.kernels.delta_chunk import HELD, chunk_bounds, scan_tile, short_solve
+from inductor_moe.kernels.delta_inverse import unit_lower_inverse
 from inductor_moe.kernels.delta_launch import (
     CHUNK,
     LEVELS,
     Tile,
+    binary_decay,
     inner_contiguous,
     limits,
     padded,
     strides,
     traced,
 )
+from inductor_moe.kernels.delta_scan_transposed import delta_scan_transposed_kernel
 from inductor_moe.kernels.dependent import wait_for_inputs
+
+CHUNK_TIMES = {32: 1.59, 64: 2.96, 128: 4.06}  # as in `delta_chunk`
 
 
 @triton.jit
@@ -43,19 +43,19 @@ def lower_blocks(C: tl.constexpr):
 @triton.jit
 def delta_channel_intra_kernel(
     q, k,                   # [B, T, H, K]
-    g, beta,                # [B, T, HV, K], [B, T, HV]
+    g, beta,                # [B, T, HV, K], log2 decays, fp16 unless EXACT; [B, T, HV]
     solve,                  # [B, HV, T, 2, C]: (I + A)^-1 beta; SCALE * causal q k^T times that
     q_read, k_read, k_write,  # [B, HV, T, K]: q, k decayed from the start, k to the end
     whole,                  # [B, HV, slots, K] fp32: decay of the whole chunk
-    rows,                   # [2, B, HV, T] fp32: factors that q and k still need, q's with SCALE
+    rows,                   # [2, B, HV, T] fp32: factors that k and q still need, q's with SCALE
     least,                  # [B, HV, slots] fp32: least log2 decay of half a chunk in a channel
     cu_seqlens,             # [N + 1] with VARLEN
     levels, sequences, tokens, slots, value_heads, rows_kind,
     SCALE: tl.constexpr, EPS: tl.constexpr,
     q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, beta_b, beta_t, beta_h,
     GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr,
-    NORMALIZE: tl.constexpr, VARLEN: tl.constexpr, WIDE_RANGE: tl.constexpr,
-    STRONG: tl.constexpr, SHORT_SOLVE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZE: tl.constexpr, VARLEN: tl.constexpr, WIDE_RANGE: tl.constexpr, STRONG: tl.constexpr,
+    SHORT_SOLVE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """WIDE_RANGE, for operands with fp32's range, decays from and to the chunk's middle.
 
@@ -108,12 +108,12 @@ def delta_channel_intra_kernel(
     beta += batch * beta_b + head * beta_h + first * beta_t
     strength = tl.load(beta + row * beta_t, mask=inside, other=0.0).to(tl.float32)
     rows += plane * tokens + first + row
-    tl.store(rows, query_scale, mask=inside)
-    tl.store(rows + tl.cast(rows_kind, tl.int64), key_scale, mask=inside)
+    tl.store(rows, key_scale, mask=inside)
+    tl.store(rows + tl.cast(rows_kind, tl.int64), query_scale, mask=inside)
     # (I + beta L)^-1 beta = beta (I + L beta)^-1: L and q k^T share the factors of the columns
     strength *= key_scale
     a = kk * key_scale[:, None] * strength[None, :]
-    a = tl.where(row[:, None] > row[None, :], a, 0.0)
+    a = tl.where(row[:, None] > row[None, :], -a, 0.0)
     a = a.to(tl.float16 if SHORT_SOLVE else tl.float32)
     scores = qk * query_scale[:, None] * strength[None, :]
     scores = tl.where(row[:, None] >= row[None, :], scores, 0.0).to(DTYPE)
@@ -181,8 +181,8 @@ def delta_channel_scan_kernel(
     DTYPE: tl.constexpr = v.dtype.element_ty
     length = end - start
     # Loads that no product takes whole are not pipelined: a chunk ahead, they hide their latency.
-    query_rows = rows + plane * tokens + start + row
-    key_rows = query_rows + tl.cast(rows_kind, tl.int64)
+    key_rows = rows + plane * tokens + start + row
+    query_rows = key_rows + tl.cast(rows_kind, tl.int64)
     decay = tl.load(whole + dk, mask=in_k & (length > 0), other=0.0)
     query_scale = tl.load(query_rows, mask=row < length, other=0.0)
     key_scale = tl.load(key_rows, mask=row < length, other=0.0)
@@ -243,11 +243,13 @@ def delta_rule_chunk_channel(
     intra: Tile | None = None,
     scan: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`inductor_moe::delta_rule` for g [B, T, HV, K], in two launches, three in bf16.
+    """`inductor_moe::delta_rule` for g [B, T, HV, K], in two launches, in bf16 in three.
 
     Call `kernels.delta_rule.delta_rule_padded`: this expects vector-loadable rows and K <= 128.
     """
-    q, k, v, g = inner_contiguous(q), inner_contiguous(k), inner_contiguous(v), inner_contiguous(g)
+    q, k, v = inner_contiguous(q), inner_contiguous(k), inner_contiguous(v)
+    # the widest of what the kernels read: half of it where they would cut it off
+    g = binary_decay(g, torch.float32 if q.dtype == torch.float32 else torch.float16)
     state = None if state is None else inner_contiguous(state)
     batch, tokens, heads, key_width = q.shape
     value_heads, value_width = v.shape[2:]
@@ -255,9 +257,9 @@ def delta_rule_chunk_channel(
     sequences = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else batch
     slots = tokens // CHUNK + sequences if varlen else (tokens + CHUNK - 1) // CHUNK
     solve = q.new_empty((batch, value_heads, tokens, 2, CHUNK))
-    q_read = q.new_empty((batch, value_heads, tokens, key_width))
-    k_read = q.new_empty((batch, value_heads, tokens, key_width))
-    k_write = q.new_empty((batch, value_heads, tokens, key_width))
+    q_read, k_read, k_write = (
+        q.new_empty((batch, value_heads, tokens, key_width)) for _ in range(3)
+    )
     # flat: a dim that may be one would put a guard on the number of chunks
     whole = torch.empty(
         (batch * value_heads * slots * key_width,), dtype=torch.float32, device=q.device
@@ -265,13 +267,14 @@ def delta_rule_chunk_channel(
     rows = torch.empty((2, batch, value_heads, tokens), dtype=torch.float32, device=q.device)
     least = torch.empty((batch * value_heads * slots,), dtype=torch.float32, device=q.device)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+
+    precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
+    wide_range = q.dtype == torch.bfloat16
     final = torch.empty(
         (sequences, value_heads, key_width, value_width),
         dtype=torch.float32 if state is None else state.dtype,
         device=v.device,
     )
-    precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
-    wide_range = q.dtype == torch.bfloat16
     for strong in (False, True) if wide_range else (True,):
         tile = channel_intra_tile(key_width, q.dtype, q.device, strong)
         if intra is not None and strong != wide_range:
@@ -287,15 +290,29 @@ def delta_rule_chunk_channel(
             EXACT=q.dtype == torch.float32, PRECISION=precision,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    tile = scan or scan_tile(key_width, value_width, q.dtype, q.device, keys=3)
+    states = sequences * value_heads
+    tile = scan or scan_tile(
+        key_width, value_width, q.dtype, q.device, states, keys=3, times=CHUNK_TIMES
+    )
     grid = (triton.cdiv(value_width, tile.value), value_heads, sequences)
-    traced(delta_channel_scan_kernel)[grid](
-        q_read, k_read, k_write, v, out, solve, whole, rows, state, final, cu_seqlens,
-        tokens, slots, value_heads, rows.stride(0),
-        *strides(v, 3), *strides(out, 3), *strides(state, 3), *strides(final, 3),
-        K=key_width, V=value_width, BLOCK_K=tile.key, BLOCK_V=tile.value, C=CHUNK,
-        HAS_STATE=state is not None, VARLEN=varlen, WIDE_RANGE=wide_range,
-        PRECISION=precision,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    numbers = (*strides(v, 3), *strides(out, 3), *strides(state, 3), *strides(final, 3))
+    constants = {
+        "K": key_width, "V": value_width, "BLOCK_K": tile.key, "BLOCK_V": tile.value,
+        "C": CHUNK, "HAS_STATE": state is not None, "VARLEN": varlen,
+        "WIDE_RANGE": wide_range, "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    if tile.value < HELD:
+        traced(delta_channel_scan_kernel)[grid](
+            q_read, k_read, k_write, v, out, solve, whole, rows, state, final, cu_seqlens,
+            tokens, slots, value_heads, rows.stride(0), *numbers,
+            PRECISION=precision, **constants,
+        )  # fmt: skip
+    else:
+        # heads before tokens
+        across = (q_read.stride(0), q_read.stride(2), q_read.stride(1))
+        traced(delta_scan_transposed_kernel)[grid](
+            q_read, k_read, k_write, v, out, solve, rows, whole, state, final, cu_seqlens,
+            tokens, slots, value_heads, rows.stride(0), *across, *across, *numbers,
+            GROUP=1, PER_CHANNEL=True, STAGES=tile.stages, **constants,
+        )  # fmt: skip
     return out, final

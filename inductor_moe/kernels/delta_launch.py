@@ -15,12 +15,17 @@ CHUNK = 2**LEVELS
 
 
 class Tile(NamedTuple):
-    """Block sizes and launch options of one kernel."""
+    """Block sizes and launch options of one kernel.
+
+    registers: the most of a thread, 0 for the compiler's choice. A graph compiles a kernel that is
+    given them as REGISTERS for so many (`compat.registers`).
+    """
 
     key: int
     value: int
     warps: int
     stages: int = 1
+    registers: int = 0
 
 
 def traced(kernel: Any) -> Any:
@@ -34,10 +39,11 @@ def padded(width: int) -> int:
 
 
 class Limits(NamedTuple):
-    """What the tiles depend on: major * 10 + minor, and the bytes a program may stage."""
+    """Of a GPU: major * 10 + minor, bytes that a program may stage, multiprocessors."""
 
     capability: int
     shared: int
+    processors: int = 108
 
 
 def limits(device: torch.device) -> Limits:
@@ -46,12 +52,22 @@ def limits(device: torch.device) -> Limits:
         return Limits(80, 163 * 1024)
     properties = torch.cuda.get_device_properties(device)
     return Limits(
-        properties.major * 10 + properties.minor, properties.shared_memory_per_block_optin
+        properties.major * 10 + properties.minor,
+        properties.shared_memory_per_block_optin,
+        properties.multi_processor_count,
     )
 
 
 def inner_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def binary_decay(g: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Log decays to base two, which a compiled graph has from where it computes g.
+
+    Below the least one exp2 is zero; sums never meet -inf minus -inf.
+    """
+    return torch.clamp_min(g.float() * 1.4426950408889634, -160.0).to(dtype).contiguous()
 
 
 def strides(x: Tensor | None, dims: int) -> tuple[Any, ...]:

@@ -68,12 +68,11 @@ def delta_rule_padded(
     if state is not None and (more_k or more_v):
         state = F.pad(state, (0, more_v, 0, more_k))
     q, k, v = vector_loadable(q), vector_loadable(k), vector_loadable(v)
+    rest = (beta, state, scale, l2norm_eps, cu_seqlens)
     if g is not None and per_channel:
-        out, final = delta_rule_chunk_channel(
-            q, k, v, vector_loadable(g), beta, state, scale, l2norm_eps, cu_seqlens
-        )
+        out, final = delta_rule_chunk_channel(q, k, v, vector_loadable(g), *rest)
     else:
-        out, final = delta_rule_chunk(q, k, v, g, beta, state, scale, l2norm_eps, cu_seqlens)
+        out, final = delta_rule_chunk(q, k, v, g, *rest)
     if more_v:
         out = out[..., :value_width].contiguous()
     if more_k or more_v:

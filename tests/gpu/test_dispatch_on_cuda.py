@@ -22,7 +22,7 @@ pytestmark = [
 LENGTHS = (1, 2, 8, 9, 64, 65, 200)
 HIDDEN, INNER, EXPERTS, TOP_K, GROUP = 256, 128, 64, 2, 128
 FEW = {"delta_recurrent_kernel", "moe_up_decode_kernel", "quantized_up_decode_kernel"}
-MANY = {"delta_chunk_scan_kernel", "moe_grouped_gemm_kernel", "moe_quantized_gemm_kernel"}
+MANY = {"delta_chunk_intra_kernel", "moe_grouped_gemm_kernel", "moe_quantized_gemm_kernel"}
 
 
 def normal(*shape, dtype=torch.bfloat16, scale=1.0):

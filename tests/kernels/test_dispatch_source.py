@@ -134,6 +134,28 @@ def test_torch_compile_does_not_choose_when_it_runs():
     assert "delta_chunk_scan_kernel" in code and "delta_recurrent_kernel" not in code
 
 
+@pytest.mark.parametrize("tokens, package", [(1600, False), (None, False), (None, True)])
+def test_what_several_launches_read_is_computed_once(tokens, package):
+    drawn = Drawn(9, 4096, 1600)
+    tokens = tokens or drawn.tokens
+    wide = drawn.tensor(1, tokens, 1024)
+    g = drawn.tensor(1, tokens, 4, 128, dtype=FLOAT)
+    beta = drawn.tensor(1, tokens, 4, dtype=FLOAT)
+
+    def run(wide, g, beta):
+        q, k, v = (wide * 2).split((256, 256, 512), 2)
+        heads = [x.view(1, tokens, -1, 128) for x in (q, k, v)]
+        return delta_rule(*heads, -torch.exp(g), beta + 1, None, 0.1, 1e-6)
+
+    code = source(drawn, run, [wide, g, beta], package)
+    calls = re.findall(r"\b(?:call_)?(delta_\w+_kernel)_\d+(?:\.run)?\((.*, -1, .*)\)", code)
+    first = "delta_channel_intra_kernel"
+    assert [name for name, _ in calls][:2] == [first, first]
+    buffers = [text.split(", -1, ")[0] for name, text in calls if name == first]
+    assert set(buffers) == {buffers[0]}
+    assert "clone" not in code
+
+
 def test_fakes_lie_where_their_buffers_do():
     """What a branch takes for a vector's boundary is one."""
     drawn = Drawn(1, 288, 100)
