@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -40,14 +42,19 @@ def test_prompts(tokens, batch, gate, dtype):
         assert relative_error(got, exact) <= (6e-3 if dtype == torch.bfloat16 else 1e-3)
 
 
-def test_sequences_side_by_side():
-    given = inputs(700, "head")
-    bounds = torch.tensor([0, 64, 64, 65, 500, 700], device="cuda")
+@pytest.mark.parametrize("gate", ["head", "channel"])
+def test_sequences_side_by_side(gate):
+    given = inputs(700, gate)
+    bounds = [0, 64, 64, 65, 500, 700]
     given[5] = normal(5, VALUE_HEADS, WIDTH, WIDTH, dtype=torch.float32)
-    out, final = delta_rule(*given, WIDTH**-0.5, 1e-6, bounds)
-    expected = delta_rule_recurrent(*(x.double() for x in given), WIDTH**-0.5, 1e-6, bounds)
-    assert relative_error(out, expected[0]) <= 6e-3
-    assert relative_error(final, expected[1]) <= 6e-3
+    out, final = delta_rule(*given, WIDTH**-0.5, 1e-6, torch.tensor(bounds, device="cuda"))
+    for n, (start, end) in enumerate(pairwise(bounds)):
+        piece = [x[:, start:end].double() for x in given[:5]]
+        state = given[5][n : n + 1].double()
+        expected = delta_rule_recurrent(*piece, state, WIDTH**-0.5, 1e-6)
+        assert relative_error(final[n : n + 1], expected[1]) <= 6e-3
+        if end > start:
+            assert relative_error(out[:, start:end], expected[0]) <= 6e-3
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4])
