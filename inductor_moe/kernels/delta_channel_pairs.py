@@ -174,7 +174,7 @@ def mild_decays(
     least = 0.0
     # the decay up to a row, less half of the chunk's
     from_middle = tl.where(row[:, None] >= row[None, :], 0.5, -0.5).to(tl.float16)
-    for block in range(0, K, BLOCK_K):
+    for block in tl.range(0, K, BLOCK_K, num_stages=3):
         dk = block + tl.arange(0, BLOCK_K)
         mask = inside[:, None]
         if K % BLOCK_K != 0:

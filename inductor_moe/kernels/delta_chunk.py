@@ -27,6 +27,7 @@ from inductor_moe.kernels.delta_launch import (
     strides,
     traced,
 )
+from inductor_moe.kernels.delta_rows import chunk_bounds, load_factors
 from inductor_moe.kernels.delta_scan_transposed import delta_scan_transposed_kernel
 from inductor_moe.kernels.dependent import wait_for_inputs
 
@@ -34,29 +35,6 @@ from inductor_moe.kernels.dependent import wait_for_inputs
 # a warp group's products, the state stays in registers.
 CHUNK_TIMES = {32: 1.28, 64: 1.62, 128: 2.9}
 HELD = 64
-
-
-@triton.jit
-def chunk_bounds(slot, cu_seqlens, sequences, tokens, C: tl.constexpr, VARLEN: tl.constexpr):
-    """First row, end of the sequence and its number for a chunk slot.
-
-    With VARLEN sequence n owns the slots from cu_seqlens[n] // C + n: ascending, never shared, and
-    at most tokens // C + sequences in all, so no count has to be read back.
-    """
-    sequence = tl.full([], 0, tl.int64)
-    first = slot.to(tl.int64) * C
-    end = sequence + tokens
-    if VARLEN:
-        found = 0
-        for block in range(0, sequences, 64):
-            n = block + tl.arange(0, 64)
-            starts = tl.load(cu_seqlens + n, mask=n < sequences, other=0)
-            found += tl.sum(((starts // C + n <= slot) & (n < sequences)).to(tl.int32))
-        sequence += found - 1
-        start = tl.load(cu_seqlens + sequence).to(tl.int64)
-        end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
-        first = start + (slot - (start // C + sequence)) * C
-    return first, end, sequence
 
 
 @triton.jit
@@ -146,23 +124,6 @@ def delta_chunk_intra_kernel(
 
 
 @triton.jit
-def load_rows(rows, kind, start, first, length, C: tl.constexpr):
-    """The chunk's factors [C] of k's read and of q's, and its whole decay.
-
-    rows is at the sequence's first row, `start` rows into the tensor's.
-    """
-    row = tl.arange(0, C)
-    inside = row < length - first
-    rows += first
-    key_read = tl.load(rows + row, mask=inside, other=0.0)
-    query_read = tl.load(rows + kind + row, mask=inside, other=0.0)
-    last = tl.minimum(length - first, C) - 1
-    # no mask: a masked scalar load slows the serial kernel by a quarter
-    whole = tl.load(rows + 2 * kind + tl.maximum(last, -first - start))
-    return key_read, query_read, whole
-
-
-@triton.jit
 def delta_chunk_scan_kernel(
     q, k,                   # [B, T, H, K]
     v, o,                   # [B, T, HV, V]
@@ -175,7 +136,7 @@ def delta_chunk_scan_kernel(
     state_b, state_h, state_k, final_b, final_h, final_k,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
-    HAS_STATE: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_STATE: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs()
     head = tl.program_id(1)
@@ -215,18 +176,22 @@ def delta_chunk_scan_kernel(
     solve_cell = (twice % C * 2 + twice // C)[:, None] * C + row[None, :]
     length = end - start
     DTYPE: tl.constexpr = q.dtype.element_ty
-    # Loads that no product takes whole are not pipelined: a chunk ahead, they hide their latency.
-    key_read, query_read, whole = load_rows(rows, kind, start, 0, length, C)
-    for first in range(0, length, C):
-        inside = row < length - first
-        in_key = inside[:, None] & in_k[None, :]
-        in_value = inside[:, None] & in_v[None, :]
+    # with stages named, what no product takes whole is loaded ahead as well
+    for first in tl.range(0, length, C, num_stages=STAGES):
+        inside = row < tl.minimum(length - first, C).to(tl.int32)
+        in_key = inside[:, None]
+        if K < BLOCK_K:
+            in_key &= in_k[None, :]
+        in_value = inside[:, None]
+        if V % BLOCK_V != 0:
+            in_value &= in_v[None, :]
         in_solve = (twice % C < length - first)[:, None]
         key = tl.load(k + first * k_t + key_cell, mask=in_key, other=0.0)
         query = tl.load(q + first * q_t + query_cell, mask=in_key, other=0.0)
         value = tl.load(v + first * v_t + value_cell, mask=in_value, other=0.0)
         both = tl.load(solve + first * (2 * C) + solve_cell, mask=in_solve, other=0.0)
-        next_read, next_query, next_whole = load_rows(rows, kind, start, first + C, length, C)
+        key_read, query_read = load_factors(rows, kind, first, length, C)
+        whole = tl.load(rows + 2 * kind + tl.minimum(length, first + C) - 1)
 
         narrow = current.to(DTYPE)
         read = tl.dot(key, narrow, input_precision=PRECISION)
@@ -240,7 +205,6 @@ def delta_chunk_scan_kernel(
         )
         out = out * query_read[:, None] + added
         tl.store(o + first * o_t + out_cell, out.to(DTYPE), mask=in_value)
-        key_read, query_read, whole = next_read, next_query, next_whole
     at = sequence * final_b + head * final_h + dk[:, None] * final_k + dv[None, :]
     tl.store(final + at, current.to(final.dtype.element_ty), mask=in_state)
 
@@ -360,7 +324,7 @@ def delta_rule_chunk(
         "GROUP": value_heads // heads, "K": key_width, "V": value_width,
         "BLOCK_K": tile.key, "BLOCK_V": tile.value, "C": CHUNK,
         "HAS_STATE": state is not None, "VARLEN": varlen,
-        "num_warps": tile.warps, "num_stages": tile.stages,
+        "STAGES": tile.stages, "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     if tile.value < HELD:
         traced(delta_chunk_scan_kernel)[grid](
@@ -370,6 +334,6 @@ def delta_rule_chunk(
     else:
         traced(delta_scan_transposed_kernel)[grid](
             q, k, None, v, out, solve, rows, None, state, final, cu_seqlens, tokens, slots,
-            *numbers, PER_CHANNEL=False, WIDE_RANGE=False, STAGES=tile.stages, **constants,
+            *numbers, PER_CHANNEL=False, WIDE_RANGE=False, **constants,
         )  # fmt: skip
     return out, final

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from inductor_moe.kernels.delta_channel_pairs import MILDEST, mild_decays, strong_decays
-from inductor_moe.kernels.delta_chunk import HELD, chunk_bounds, scan_tile, short_solve
+from inductor_moe.kernels.delta_chunk import HELD, scan_tile, short_solve
 from inductor_moe.kernels.delta_inverse import unit_lower_inverse
 from inductor_moe.kernels.delta_launch import (
     CHUNK,
@@ -27,6 +27,7 @@ from inductor_moe.kernels.delta_launch import (
     strides,
     traced,
 )
+from inductor_moe.kernels.delta_rows import chunk_bounds, load_factors
 from inductor_moe.kernels.delta_scan_transposed import delta_scan_transposed_kernel
 from inductor_moe.kernels.dependent import wait_for_inputs
 
@@ -140,7 +141,7 @@ def delta_channel_scan_kernel(
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
     HAS_STATE: tl.constexpr, VARLEN: tl.constexpr, WIDE_RANGE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs()
     head = tl.program_id(1)
@@ -180,16 +181,17 @@ def delta_channel_scan_kernel(
     lower = lower_blocks(C)
     DTYPE: tl.constexpr = v.dtype.element_ty
     length = end - start
-    # Loads that no product takes whole are not pipelined: a chunk ahead, they hide their latency.
-    key_rows = rows + plane * tokens + start + row
-    query_rows = key_rows + tl.cast(rows_kind, tl.int64)
-    decay = tl.load(whole + dk, mask=in_k & (length > 0), other=0.0)
-    query_scale = tl.load(query_rows, mask=row < length, other=0.0)
-    key_scale = tl.load(key_rows, mask=row < length, other=0.0)
-    for first in range(0, length, C):
-        inside = row < length - first
-        in_key = inside[:, None] & in_k[None, :]
-        in_value = inside[:, None] & in_v[None, :]
+    rows += plane * tokens + start
+    kind = tl.cast(rows_kind, tl.int64)
+    # with stages named, what no product takes whole is loaded ahead as well
+    for first in tl.range(0, length, C, num_stages=STAGES):
+        inside = row < tl.minimum(length - first, C).to(tl.int32)
+        in_key = inside[:, None]
+        if K < BLOCK_K:
+            in_key &= in_k[None, :]
+        in_value = inside[:, None]
+        if V % BLOCK_V != 0:
+            in_value &= in_v[None, :]
         key = tl.load(k_read + first * K + key_cell, mask=in_key, other=0.0)
         query = tl.load(q_read + first * K + key_cell, mask=in_key, other=0.0)
         writer = tl.load(k_write + first * K + key_cell, mask=in_key, other=0.0)
@@ -197,11 +199,8 @@ def delta_channel_scan_kernel(
         matrices = solve + first * (2 * C) + solve_cell
         inverse = tl.load(matrices, mask=inside[:, None] & lower, other=0.0)
         scores = tl.load(matrices + C, mask=inside[:, None] & lower, other=0.0)
-        after = first + C
-        next_inside = row < length - after
-        next_decay = tl.load(whole + after // C * K + dk, mask=in_k & (after < length), other=0.0)
-        next_query_scale = tl.load(query_rows + after, mask=next_inside, other=0.0)
-        next_key_scale = tl.load(key_rows + after, mask=next_inside, other=0.0)
+        key_scale, query_scale = load_factors(rows, kind, first, length, C)
+        decay = tl.load(whole + first // C * K + dk, mask=in_k, other=0.0)
 
         if WIDE_RANGE:
             current *= decay[:, None]
@@ -217,7 +216,6 @@ def delta_channel_scan_kernel(
         if WIDE_RANGE:
             current *= decay[:, None]
         tl.store(o + first * o_t + out_cell, out.to(DTYPE), mask=in_value)
-        decay, query_scale, key_scale = next_decay, next_query_scale, next_key_scale
     final += sequence * final_b + head * final_h + dk[:, None] * final_k + dv[None, :]
     tl.store(final, current.to(final.dtype.element_ty), mask=in_state)
 
@@ -299,7 +297,8 @@ def delta_rule_chunk_channel(
     constants = {
         "K": key_width, "V": value_width, "BLOCK_K": tile.key, "BLOCK_V": tile.value,
         "C": CHUNK, "HAS_STATE": state is not None, "VARLEN": varlen,
-        "WIDE_RANGE": wide_range, "num_warps": tile.warps, "num_stages": tile.stages,
+        "WIDE_RANGE": wide_range, "STAGES": tile.stages,
+        "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     if tile.value < HELD:
         traced(delta_channel_scan_kernel)[grid](
@@ -313,6 +312,6 @@ def delta_rule_chunk_channel(
         traced(delta_scan_transposed_kernel)[grid](
             q_read, k_read, k_write, v, out, solve, rows, whole, state, final, cu_seqlens,
             tokens, slots, value_heads, rows.stride(0), *across, *across, *numbers,
-            GROUP=1, PER_CHANNEL=True, STAGES=tile.stages, **constants,
+            GROUP=1, PER_CHANNEL=True, **constants,
         )  # fmt: skip
     return out, final

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from inductor_moe.kernels.delta_rows import load_factors
 from inductor_moe.kernels.dependent import wait_for_inputs
 
 
@@ -65,14 +66,12 @@ def delta_scan_transposed_kernel(
     plane = batch * value_heads + head
     solve += (plane * tokens + start) * (2 * C)
     rows += plane * tokens + start
-    pair = tl.arange(0, 2 * C)
     known = row[:, None] >= 0
     if PER_CHANNEL:
         k_write += batch * k_b + (head // GROUP) * k_h + start * k_t
         whole += (plane * slots + slot) * K + dk
         known = row[:, None] // 16 >= row[None, :] // 16
     kind = tl.cast(rows_kind, tl.int64)
-    pair_cell = pair // C * kind + pair % C
     query_cell = row[:, None] * q_t + dk[None, :]
     key_cell = row[:, None] * k_t + dk[None, :]
     value_cell = row[:, None] * v_t + dv[None, :]
@@ -92,9 +91,7 @@ def delta_scan_transposed_kernel(
         matrices = solve + first * (2 * C) + solve_cell
         inverse = tl.load(matrices, mask=inside[:, None] & known, other=0.0)
         scores = tl.load(matrices + C, mask=inside[:, None] & known, other=0.0)
-        # one load: of fewer values than threads, each warp would repeat it
-        pairs = tl.load(rows + first + pair_cell, mask=pair % C < length - first, other=0.0)
-        key_read, query_read = tl.split(tl.trans(tl.reshape(pairs, (2, C))))
+        key_read, query_read = load_factors(rows, kind, first, length, C)
         if PER_CHANNEL:
             writer = tl.load(k_write + first * k_t + key_cell, mask=in_key, other=0.0)
             decay = tl.load(whole + first // C * K, mask=in_k, other=0.0)[None, :]
