@@ -42,7 +42,8 @@ KERNELS = {
     "all_reduce": "all_reduce_kernel",
     "delta_rule": "few tokens: delta_recurrent_kernel; more: delta_chunk_intra_kernel, "
     "delta_chunk_scan_kernel (a decay per channel: delta_channel_intra_kernel, "
-    "delta_channel_scan_kernel); in 16 bits on Hopper delta_scan_transposed_kernel, not the scans",
+    "delta_channel_scan_kernel); of many states on Hopper delta_scan_transposed_kernel, "
+    "not the scans",
     "delta_decode": "delta_decode_kernel, delta_decode_tail_kernel",
     "attention_decode": "attention_decode_kernel, attention_combine_kernel",
     "quantized_linear": "one token: quantized_vector_kernel, quantized_up_decode_kernel; more: "

@@ -295,7 +295,6 @@ def delta_rule_chunk(
     solve = q.new_empty((batch, value_heads, tokens, 2, CHUNK))
     rows = torch.empty((3, batch, value_heads, tokens), dtype=torch.float32, device=q.device)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-
     final = torch.empty(
         (sequences, value_heads, key_width, value_width),
         dtype=torch.float32 if state is None else state.dtype,
