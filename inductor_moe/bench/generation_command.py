@@ -26,6 +26,7 @@ PROFILE_EXAMPLES = (
     "profile",
     "profile --model qwen3-30b-a3b --quant int8 --trace step.json",
     "profile --layers 8 --provider inductor",
+    "profile --phase prefill --prompt 2048",
 )
 console = Console()
 errors = Console(stderr=True)
@@ -110,7 +111,10 @@ def profile(
     model: Model = "qwen3.5-35b-a3b",
     quant: Quant = "int4",
     provider: Annotated[str, typer.Option(help="ours or inductor.")] = "ours",
-    prompt: Annotated[int, typer.Option(min=2, help="Tokens in the cache before.")] = 512,
+    phase: Annotated[str, typer.Option(help="decode or prefill.")] = "decode",
+    prompt: Annotated[
+        int, typer.Option(min=2, help="Tokens of the prompt, or in the cache before the step.")
+    ] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
     layers: Layers = None,
     device: Device = None,
@@ -118,9 +122,10 @@ def profile(
         Path | None, typer.Option(help="Write a Chrome trace here.", callback=to_write)
     ] = None,
 ) -> None:
-    """Show where the time of one decode step goes: classes of kernels, and gaps between them.
+    """Show where the time of one decode step, or of a prefill, goes: classes of kernels, and gaps.
 
-    On a GPU the kernels of one replay of the step's CUDA graph, on a CPU its operators.
+    On a GPU the kernels of one replay of the step's CUDA graph, or those that the prefill launches
+    from Python; on a CPU the operators.
     """
     with quiet_and_clear():
         from inductor_moe.bench import profile as job
@@ -132,7 +137,9 @@ def profile(
             )
         device = chosen_device(device)
         with errors.status("building and compiling the model"):
-            found = job.profile(model, quant, device, layers, provider, prompt, batch, trace)
+            found = job.profile(
+                model, quant, device, layers, provider, prompt, batch, trace, phase
+            )
         console.print(found.table())
         console.print(found.longest())
         if trace:

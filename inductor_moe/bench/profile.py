@@ -1,4 +1,4 @@
-"""Where the time of one decode step goes: kernels, classes of kernels, and gaps between them."""
+"""Where the time of a decode step or a prefill goes: kernels, their classes, and gaps between."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
 
 from inductor_moe import lowerings
 from inductor_moe.bench import models
-from inductor_moe.bench.session import Decode, Session
+from inductor_moe.bench.session import Decode, Prefill, Session
 from inductor_moe.errors import InductorMoeError
 
 # The first that a name matches; a fused kernel belongs to where its name says it comes from.
@@ -29,6 +30,7 @@ CLASSES = {
     r"|vectorized",
 }
 OTHER = "other"
+TITLES = {"decode": "decode step", "prefill": "prefill"}
 CPU_OPTIONS = {"cpp.enable_kernel_profile": True}  # or compiled kernels would have no events
 
 
@@ -48,11 +50,12 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Profile:
-    """The kernels of one decode step in the order they began, and the model's layers."""
+    """The kernels of one decode step, or of one prefill, as they began, and the model's layers."""
 
     name: str
     layers: int
     kernels: tuple[Kernel, ...]
+    phase: str = "decode"
 
     @property
     def span(self) -> float:
@@ -85,8 +88,9 @@ class Profile:
         return dict(sorted(held.items(), key=lambda item: -_total(item[1])))
 
     def table(self) -> Table:
-        view = Table(title=f"{self.name}: one decode step")
-        for heading in ("", "kernels", "a layer", "us", "of the step"):
+        whole = {"decode": "step", "prefill": "prefill"}[self.phase]
+        view = Table(title=f"{self.name}: one {TITLES[self.phase]}")
+        for heading in ("", "kernels", "a layer", "us", f"of the {whole}"):
             view.add_column(heading, justify="right" if heading else "left")
         for kind, kernels in self.classes().items():
             view.add_row(kind, *self._cells(len(kernels), _total(kernels)))
@@ -94,7 +98,7 @@ class Profile:
         view.add_section()
         idle = sum(gaps)
         view.add_row("gaps", *self._cells(sum(gap > 0 for gap in gaps), idle))
-        view.add_row("step", *self._cells(len(self.kernels), self.span))
+        view.add_row(whole, *self._cells(len(self.kernels), self.span))
         return view
 
     def longest(self, count: int = 12) -> Table:
@@ -124,38 +128,63 @@ def profile(
     prompt: int = 512,
     batch: int = 1,
     trace: Path | None = None,
+    phase: str = "decode",
 ) -> Profile:
-    """Build a model, fill its cache with `prompt` tokens, compile a decode step and look at one.
+    """Build a model, compile a decode step after `prompt` tokens or their prefill, look at it.
 
-    trace  where a Chrome trace of the step goes
+    phase  decode or prefill
+    trace  where a Chrome trace of it goes
 
     Raises InductorMoeError for an unknown name, or if the profiler saw no kernel.
     """
+    if phase not in TITLES:
+        raise InductorMoeError(f"phase: there is no {phase!r}; there are {', '.join(TITLES)}")
     lowerings.install()
     with torch.no_grad():
         built = models.build(model, scheme, device, layers)
         session = Session(built, batch, -(-(prompt + 64) // 64) * 64)
         vocabulary = built.config.get_text_config(decoder=True).vocab_size
         ids = torch.randint(vocabulary, (batch, prompt), device=device)
-        first = session.prefill(ids)
-        decode = Decode(session, provider, CPU_OPTIONS if device == "cpu" else None)
-        decode.token.copy_(first)
-        decode.run(8)
-        kernels = record(decode.step, device, trace)
+        options = CPU_OPTIONS if device == "cpu" else None
+        if phase == "prefill":
+            prefill = Prefill(session, provider, dynamic=False, options=options)
+            prefill(ids)
+            kernels = record(
+                lambda: prefill.compiled(ids), device, trace, before=session.cache.reset
+            )
+        else:
+            first = session.prefill(ids)
+            decode = Decode(session, provider, options)
+            decode.token.copy_(first)
+            decode.run(8)
+            kernels = record(decode.step, device, trace)
     return Profile(f"{model} {scheme}, {provider}, batch {batch}", len(session.cache.layers),
-                   tuple(kernels))  # fmt: skip
+                   tuple(kernels), phase)  # fmt: skip
 
 
-def record(step: Callable[[], None], device: str, trace: Path | None = None) -> list[Kernel]:
-    """The kernels of one call on a GPU, the innermost operators of it on a CPU, in order."""
+def record(
+    step: Callable[[], Any],
+    device: str,
+    trace: Path | None = None,
+    before: Callable[[], Any] | None = None,
+) -> list[Kernel]:
+    """The kernels of one call on a GPU, the innermost operators of it on a CPU, in order.
+
+    before  called before each call, unseen
+    """
     activity = torch.profiler.ProfilerActivity
     on_gpu = device == "cuda"
+    # the host's own events cost it time, in which it launches no kernel
+    with_host = trace is not None or not on_gpu
+    activities = [activity.CPU] * with_host + [activity.CUDA] * on_gpu
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         for _ in range(2):  # the profiler's first window may miss what it is still setting up for
-            with torch.profiler.profile(
-                activities=[activity.CPU, *([activity.CUDA] if on_gpu else [])]
-            ) as profiler:
+            if before is not None:
+                before()
+            if on_gpu:
+                torch.cuda.synchronize()
+            with torch.profiler.profile(activities=activities) as profiler:
                 step()
                 if on_gpu:
                     torch.cuda.synchronize()

@@ -67,7 +67,9 @@ class Session:
 class Prefill:
     """Prefill compiled by a provider; for prompts of many lengths at once if `dynamic`."""
 
-    def __init__(self, session: Session, provider: str, dynamic: bool) -> None:
+    def __init__(
+        self, session: Session, provider: str, dynamic: bool, options: Any = None
+    ) -> None:
         self.session, self.dynamic = session, dynamic
         torch.compiler.reset()
         session.model.set_experts_implementation(PREFILL_EXPERTS)
@@ -76,6 +78,7 @@ class Prefill:
             backend=BACKENDS[provider],
             fullgraph=True,
             dynamic=None if dynamic else False,
+            options=options,
         )
 
     def __call__(self, ids: Tensor) -> tuple[Tensor, float]:

@@ -253,13 +253,15 @@ def test_an_up_projection_alone_is_a_linear_layer():
 
 
 @pytest.mark.slow
-def test_profile_of_operators(quick, monkeypatch, tmp_path):
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_profile_of_operators(quick, monkeypatch, tmp_path, phase):
     monkeypatch.setattr(profile, "CPU_OPTIONS", None)
     trace = tmp_path / "trace.json"
     arguments = ["profile", "--model", "tiny", "--device", "cpu", "--prompt", "20",
-                 "--trace", str(trace)]  # fmt: skip
+                 "--phase", phase, "--trace", str(trace)]  # fmt: skip
     outcome = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert outcome.exit_code == 0, outcome.output
+    assert f"one {profile.TITLES[phase]}" in outcome.output
     assert re.search(r"gaps .*│", outcome.output) and "aten::mul" in outcome.output
     assert "traceEvents" in trace.read_text()
 
@@ -299,5 +301,7 @@ def test_bad_input_is_one_line(arguments, text):
 def test_profile_of_an_unknown_provider():
     outcome = CliRunner().invoke(app, ["profile", "--provider", "vllm", "--device", "cpu"])
     assert outcome.exit_code == 2 and "there is no 'vllm'" in outcome.output
+    outcome = CliRunner().invoke(app, ["profile", "--phase", "train", "--device", "cpu"])
+    assert outcome.exit_code == 2 and "phase: there is no 'train'" in outcome.output
     with pytest.raises(InductorMoeError, match="no model"):
         models.build("gpt-5", "int4", "cpu")
