@@ -88,8 +88,9 @@ class Profile:
         return dict(sorted(held.items(), key=lambda item: -_total(item[1])))
 
     def table(self) -> Table:
-        whole = {"decode": "step", "prefill": "prefill"}[self.phase]
-        view = Table(title=f"{self.name}: one {TITLES[self.phase]}")
+        title = TITLES[self.phase]
+        whole = title.split()[-1]
+        view = Table(title=f"{self.name}: one {title}")
         for heading in ("", "kernels", "a layer", "us", f"of the {whole}"):
             view.add_column(heading, justify="right" if heading else "left")
         for kind, kernels in self.classes().items():

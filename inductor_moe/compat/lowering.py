@@ -278,6 +278,9 @@ def branch(
     return tuple(cond(condition, over_tensors(yes), over_tensors(no), tensors))
 
 
+EMPTY = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default)
+
+
 def _share_inputs(traced: fx.GraphModule) -> None:
     """Have what several launches read computed once. Left to Inductor, each has its own copy."""
     launch = torch.ops.higher_order.triton_kernel_wrapper_mutation
@@ -293,9 +296,6 @@ def _share_inputs(traced: fx.GraphModule) -> None:
                 shared = graph.call_function(_realise, (node,))
             shared.meta = dict(node.meta)
             node.replace_all_uses_with(shared, lambda user, shared=shared: user is not shared)
-
-
-EMPTY = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default)
 
 
 def _realise(x: Any) -> Any:

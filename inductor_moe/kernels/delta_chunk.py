@@ -27,7 +27,7 @@ from inductor_moe.kernels.delta_launch import (
     strides,
     traced,
 )
-from inductor_moe.kernels.delta_rows import chunk_bounds, load_factors
+from inductor_moe.kernels.delta_rows import chunk_bounds, load_factors, sequence_bounds
 from inductor_moe.kernels.delta_scan_transposed import delta_scan_transposed_kernel
 from inductor_moe.kernels.dependent import wait_for_inputs
 
@@ -146,13 +146,7 @@ def delta_chunk_scan_kernel(
     row = tl.arange(0, C)
     in_k = dk < K
     in_v = dv < V
-    batch = sequence
-    start = tl.full([], 0, tl.int64)
-    end = start + tokens
-    if VARLEN:
-        batch = start
-        start = tl.load(cu_seqlens + sequence).to(tl.int64)
-        end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+    batch, start, end, _ = sequence_bounds(sequence, cu_seqlens, tokens, C, VARLEN)
 
     current = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     in_state = in_k[:, None] & in_v[None, :]

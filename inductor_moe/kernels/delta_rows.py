@@ -30,6 +30,21 @@ def chunk_bounds(slot, cu_seqlens, sequences, tokens, C: tl.constexpr, VARLEN: t
 
 
 @triton.jit
+def sequence_bounds(sequence, cu_seqlens, tokens, C: tl.constexpr, VARLEN: tl.constexpr):
+    """Batch, first row, end and first chunk slot of a sequence (int64), slots as above."""
+    batch = sequence
+    start = tl.full([], 0, tl.int64)
+    end = start + tokens
+    slot = start
+    if VARLEN:
+        batch = start
+        start = tl.load(cu_seqlens + sequence).to(tl.int64)
+        end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+        slot = start // C + sequence
+    return batch, start, end, slot
+
+
+@triton.jit
 def load_factors(rows, kind, first, length, C: tl.constexpr):
     """The chunk's factors [C] of k's read and of q's; rows is at the sequence's first row.
 

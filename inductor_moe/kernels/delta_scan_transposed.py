@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from inductor_moe.kernels.delta_rows import load_factors
+from inductor_moe.kernels.delta_rows import load_factors, sequence_bounds
 from inductor_moe.kernels.dependent import wait_for_inputs
 
 
@@ -44,15 +44,7 @@ def delta_scan_transposed_kernel(
     row = tl.arange(0, C)
     in_k = dk < K
     in_v = dv < V
-    batch = sequence
-    start = tl.full([], 0, tl.int64)
-    end = start + tokens
-    slot = start
-    if VARLEN:
-        batch = start
-        start = tl.load(cu_seqlens + sequence).to(tl.int64)
-        end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
-        slot = start // C + sequence
+    batch, start, end, slot = sequence_bounds(sequence, cu_seqlens, tokens, C, VARLEN)
 
     current = tl.zeros([BLOCK_V, BLOCK_K], tl.float32)
     in_state = in_v[:, None] & in_k[None, :]
@@ -66,11 +58,10 @@ def delta_scan_transposed_kernel(
     plane = batch * value_heads + head
     solve += (plane * tokens + start) * (2 * C)
     rows += plane * tokens + start
-    known = row[:, None] >= 0
     if PER_CHANNEL:
         k_write += batch * k_b + (head // GROUP) * k_h + start * k_t
         whole += (plane * slots + slot) * K + dk
-        known = row[:, None] // 16 >= row[None, :] // 16
+        lower = row[:, None] // 16 >= row[None, :] // 16
     kind = tl.cast(rows_kind, tl.int64)
     query_cell = row[:, None] * q_t + dk[None, :]
     key_cell = row[:, None] * k_t + dk[None, :]
@@ -89,8 +80,11 @@ def delta_scan_transposed_kernel(
         query = tl.load(q + first * q_t + query_cell, mask=in_key, other=0.0)
         value = tl.load(v + first * v_t + value_cell, mask=in_value, other=0.0)
         matrices = solve + first * (2 * C) + solve_cell
-        inverse = tl.load(matrices, mask=inside[:, None] & known, other=0.0)
-        scores = tl.load(matrices + C, mask=inside[:, None] & known, other=0.0)
+        in_solve = inside[:, None]
+        if PER_CHANNEL:
+            in_solve &= lower
+        inverse = tl.load(matrices, mask=in_solve, other=0.0)
+        scores = tl.load(matrices + C, mask=in_solve, other=0.0)
         key_read, query_read = load_factors(rows, kind, first, length, C)
         if PER_CHANNEL:
             writer = tl.load(k_write + first * k_t + key_cell, mask=in_key, other=0.0)
