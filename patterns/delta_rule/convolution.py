@@ -3,7 +3,8 @@
 Models turn [B, T, C] into [B, C, T] for the depthwise convolution before the rule, and back after
 it. As a call it costs both turns and the activation as kernels of their own; as W products and a
 sum it is one elementwise kernel that reads and writes [B, T, C], in which the rule's kernels then
-read queries, keys and values in place.
+read queries, keys and values in place. A cache joins the inputs that it kept [B, C, S] before the
+prompt's, and cuts their outputs off again: both are then done to rows.
 """
 
 from __future__ import annotations
@@ -28,9 +29,8 @@ class Site(NamedTuple):
     """A convolution over all of its inputs, and what to compute on [B, T, C] after it."""
 
     convolution: fx.Node
-    rows: fx.Node  # [B, T, C]
     output: fx.Node  # [B, C, T], the first T outputs
-    elementwise: list[fx.Node]  # on output and each other, in graph order
+    region: list[fx.Node]  # elementwise or cuts, on output and each other, in graph order
     exits: list[fx.Node]  # turns of the last of them back to [B, T, C]
 
 
@@ -65,7 +65,8 @@ def _read(node: fx.Node) -> Site:
         and (bias is None or dtype(bias) == dtype(source))
     ):
         raise Refusal(f"{node.name} is no short causal depthwise convolution")
-    if not (_is_turn(source) and same(tensor(source.args[0]).stride(-1), 1)):
+    parts = _parts(source)
+    if not (any(map(_is_turn_of_rows, parts)) and all(len(sizes(part)) == 3 for part in parts)):
         raise Refusal(f"{node.name} does not read rows of channels")
     length = sizes(source)[2]
     if same(length, 1):
@@ -73,8 +74,8 @@ def _read(node: fx.Node) -> Site:
     (output,) = _only(node)
     if not (_is_head(output) and same(sizes(output)[2], length)):
         raise Refusal(f"{node.name} is not cut to the length of its input")
-    elementwise, exits = _region(output)
-    return Site(node, source.args[0], output, elementwise, exits)
+    region, exits = _region(output)
+    return Site(node, output, region, exits)
 
 
 def _only(node: fx.Node) -> tuple[fx.Node]:
@@ -83,27 +84,50 @@ def _only(node: fx.Node) -> tuple[fx.Node]:
     return (next(iter(node.users)),)
 
 
+def _parts(source: fx.Node) -> list[fx.Node]:
+    """What is joined along the tokens of [B, C, T], or the one tensor itself."""
+    if is_call(source, aten.cat.default) and _dim(source) in (2, -1):
+        return list(source.args[0])
+    return [source]
+
+
+def _dim(node: fx.Node) -> Any:
+    return node.args[1] if len(node.args) > 1 else 0
+
+
 def _is_turn(node: Any) -> bool:
     return is_call(node, aten.permute.default) and list(node.args[1]) == TURN
 
 
+def _is_turn_of_rows(node: Any) -> bool:
+    return _is_turn(node) and same(tensor(node.args[0]).stride(-1), 1)
+
+
+def _is_cut(node: fx.Node) -> bool:
+    """Whether a node takes neighbouring columns of [B, C, T]."""
+    return (
+        is_call(node, aten.slice.Tensor)
+        and _dim(node) in (2, -1)
+        and (len(node.args) < 5 or node.args[4] == 1)
+    )
+
+
 def _is_head(node: fx.Node) -> bool:
     """Whether a node takes the first columns of [B, C, T]."""
-    if not is_call(node, aten.slice.Tensor):
-        return False
-    _, dim, start, _, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
-    return dim in (2, -1) and start in (0, None) and step == 1
+    return _is_cut(node) and (len(node.args) < 3 or node.args[2] in (0, None))
 
 
 def _region(output: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The elementwise nodes below the output, and the turns at their end; refuses other ends."""
+    """What is computed of the output, and the turns at its end; refuses what does not turn."""
     region, exits, inside = [], [], {output}
     for node in _after(output):
         if not any(argument in inside for argument in node.all_input_nodes):
             continue
         if _is_turn(node):
             exits.append(node)
-        elif _is_elementwise(node) and all(n in inside for n in node.all_input_nodes):
+        elif _is_cut(node) or (
+            _is_elementwise(node) and all(n in inside for n in node.all_input_nodes)
+        ):
             region.append(node)
             inside.add(node)
         else:
@@ -128,29 +152,45 @@ def _is_elementwise(node: fx.Node) -> bool:
 def _replace(graph: fx.Graph, site: Site) -> None:
     with graph.inserting_before(site.output):
         turned = {site.output: _sum_of_taps(graph, site)}
-    for node in site.elementwise:
+    for node in site.region:
         with graph.inserting_before(node):
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: turned.get(n, n))
+            if _is_cut(node):
+                args = (args[0], 1, *args[2:])
             turned[node] = call(graph, node.target, *args, like=node, **kwargs)
     for node in site.exits:
         node.replace_all_uses_with(turned[node.args[0]])
 
 
+def _rows(graph: fx.Graph, source: fx.Node) -> fx.Node:
+    """[B, T, C] of a convolution's input, where that is made: its parts may be written later."""
+    if _is_turn(source):
+        return source.args[0]
+    with graph.inserting_before(source):
+        emit = functools.partial(call, graph, like=source)
+        parts = [
+            part.args[0] if _is_turn(part) else emit(aten.permute.default, part, TURN)
+            for part in _parts(source)
+        ]
+        return emit(aten.cat.default, parts, 1)
+
+
 def _sum_of_taps(graph: fx.Graph, site: Site) -> fx.Node:
-    _, weight, bias, *_ = site.convolution.args
+    source, weight, bias, *_ = site.convolution.args
     emit = functools.partial(call, graph, like=site.convolution)
-    kind = dtype(site.rows)
+    kind = dtype(source)
     cast = torch.ops.prims.convert_element_type.default
     wide = torch.promote_types(kind, torch.float32)
 
     def widened(node: fx.Node) -> fx.Node:
         return node if kind == wide else emit(cast, node, wide)
 
+    joined = _rows(graph, source)
     width = sizes(weight)[2]
-    length = size_of(graph, site.rows, 1, like=site.convolution)
+    length = size_of(graph, joined, 1, like=site.convolution)
     total = None if bias is None else widened(bias)
     for tap in range(width):
-        rows = site.rows
+        rows = joined
         if tap < width - 1:
             padded = emit(aten.constant_pad_nd.default, rows, [0, 0, width - 1 - tap, 0], 0.0)
             rows = emit(aten.slice.Tensor, padded, 1, 0, length)

@@ -60,6 +60,28 @@ def test_one_dynamic_graph_serves_every_length(family):
         assert fused_layers(report) == family.expected()
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("family", each(quick=("qwen3_5_moe_text",)))
+def test_prompts_over_a_cache_have_no_convolution(family, dynamic):
+    """Neither the first one nor one that goes on from what the first left."""
+    model, exact = zoo.prepare(built(family), torch.float32, "batched_mm", family.switchable)
+    graphs = []
+    compiled = torch.compile(model, backend=graph_backend(graphs=graphs), dynamic=dynamic)
+    modules = {"fused": compiled, "eager": model, "exact": exact}
+    caches = {name: zoo.static_cache(model if name != "exact" else exact) for name in modules}
+    with torch.no_grad():
+        for length in (20, 13):
+            ids = zoo.prompt(model, length, seed=length)
+            found = {n: m(ids, past_key_values=caches[n]).logits for n, m in modules.items()}
+            close(found["fused"], found["eager"], found["exact"])
+            for layer in zip(*(states(caches[n]) for n in modules), strict=True):
+                for kept in zip(*layer, strict=True):
+                    close(*kept)
+    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert len(graphs) == 2 and targets.count("inductor_moe.delta_rule.default") >= 2
+    assert not any("convolution" in target for target in targets)
+
+
 def states(cache):
     """(convolution state, recurrent state) of every linear-attention layer."""
     layers = [layer for layer in cache.layers if hasattr(layer, "recurrent_states")]

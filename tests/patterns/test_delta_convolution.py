@@ -39,6 +39,14 @@ def mixed(rows, weight, bias=None):
     return convolved(rows, weight, bias, F.silu)
 
 
+def joined(rows, weight, bias, kept):
+    """What transformers' layers do to a prompt that goes on from a cache: its outputs alone."""
+    inputs = torch.cat([kept, rows.transpose(1, 2)], -1)
+    out = F.conv1d(inputs, weight, bias, padding=weight.shape[-1] - 1, groups=CHANNELS)
+    out = F.silu(out[:, :, : inputs.shape[-1]])
+    return out[:, :, -rows.shape[1] :].transpose(1, 2)
+
+
 def convolutions(function, arguments):
     """The result after the rewrite, and how many convolutions are left in the graph."""
     with torch.no_grad():
@@ -67,6 +75,45 @@ def test_a_causal_convolution_is_a_sum_of_shifted_rows(tokens, width, bias):
     expected = exact(mixed, arguments)
     assert found.shape == expected.shape and found.is_contiguous()
     assert relative_error(found, expected) < 3e-7
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 9, 70])
+@pytest.mark.parametrize("kept", [1, 3, 4, 7])
+def test_a_prompt_goes_on_from_what_a_cache_keeps(tokens, kept):
+    arguments = (*inputs(tokens), torch.randn(2, CHANNELS, kept))
+    found, left = convolutions(joined, arguments)
+    assert not left
+    expected = exact(joined, arguments)
+    assert found.shape == expected.shape == (2, tokens, CHANNELS)
+    assert relative_error(found, expected) < 3e-7
+
+
+def test_every_cut_is_made():
+    def several(rows, weight, bias):
+        out = convolved(rows, weight, bias, lambda x: F.silu(x)[:, :, 1:].sigmoid()[..., 2:-1])
+        return out + 1
+
+    arguments = inputs()
+    found, left = convolutions(several, arguments)
+    assert not left
+    expected = exact(several, arguments)
+    assert found.shape == expected.shape == (2, 5, CHANNELS)
+    assert relative_error(found, expected) < 3e-7
+
+
+def test_what_a_cache_keeps_is_read_before_it_is_written():
+    def step(rows, weight, bias, kept):
+        kept = kept.clone()
+        inputs = torch.cat([kept, rows.transpose(1, 2)], -1)
+        kept.copy_(inputs[..., -kept.shape[-1] :])
+        out = F.conv1d(inputs, weight, bias, padding=weight.shape[-1] - 1, groups=CHANNELS)
+        out = F.silu(out[:, :, : inputs.shape[-1]])[:, :, -rows.shape[1] :]
+        return torch.cat([out.transpose(1, 2), kept.transpose(1, 2)], 1)
+
+    arguments = (*inputs(), torch.randn(2, CHANNELS, 4))
+    found, left = convolutions(step, arguments)
+    assert not left
+    assert relative_error(found, exact(step, arguments)) < 3e-7
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -189,6 +236,20 @@ USES = {
     ),
     "columns weigh in": (lambda r, w, b: convolved(r, w, b, lambda x: x + r.mT)),
     "channels lie outermost": (lambda r, w, b: mixed(r.mT.contiguous().mT, w, b)),
+    "all that is joined has channels outermost": (
+        lambda r, w, b: joined(r.mT.contiguous().mT, w, b, r[:, :4].mT.contiguous())
+    ),
+    "sequences are joined": (
+        lambda r, w, b: (
+            F.silu(
+                F.conv1d(torch.cat([r.mT, r.mT], 0), w, b, padding=3, groups=CHANNELS)[:, :, :9]
+            ).mT
+        )
+    ),
+    "every second output is read": (
+        lambda r, w, b: convolved(r, w, b, lambda x: F.silu(x)[:, :, ::2])
+    ),
+    "channels are cut": (lambda r, w, b: convolved(r, w, b, lambda x: F.silu(x)[:, 2:])),
     "it is not turned back": (
         lambda r, w, b: F.silu(F.conv1d(r.mT, w, b, padding=3, groups=CHANNELS)[:, :, :9])
     ),
