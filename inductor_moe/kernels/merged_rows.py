@@ -126,7 +126,8 @@ def merged_rows_kernel(
             zeros = pick(block, e0, e1, e2, z0, z1, z2, z3)
             if PARTS == 1:
                 acc = quantized_gemm_tile(
-                    x, w, scales, zeros, x_row, row, exists, k_dim, row_words, groups, stride_x,
+                    x, w, scales, zeros, x_row, m < tokens, row, exists, k_dim, row_words, groups,
+                    stride_x,
                     BITS, GROUP, HAS_ZEROS, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
             else:

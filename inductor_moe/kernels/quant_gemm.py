@@ -17,6 +17,7 @@ def quantized_gemm_tile(
     scales,  # [N, groups]
     zeros,
     a_row,  # [BLOCK_M] int64, rows of a
+    load_a,  # [BLOCK_M] those that exist
     n,  # [BLOCK_N] rows of w
     exists,  # [BLOCK_N]
     k_dim,
@@ -31,7 +32,11 @@ def quantized_gemm_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """[BLOCK_N, BLOCK_M] fp32: W[n] @ a[a_row].T"""
+    """[BLOCK_N, BLOCK_M] fp32: W[n] @ a[a_row].T
+
+    Rows of a that do not exist are zeros. Another row in their place would be asked for by all of
+    them and all programs, of the same lines of L2: twice the time of a block, or more.
+    """
     word, first = code_columns(BITS, BLOCK_K)
     n_offset = n.to(tl.int64)
     w_ptrs = w + n_offset[:, None] * row_words + word[None, :]
@@ -49,7 +54,7 @@ def quantized_gemm_tile(
         # The last step may hold groups past the end; where all inputs exist this is constant.
         row_left = tl.where(exists, k_dim if EVEN else k_dim - start, 0)
         acc, x_sum = packed_dot(
-            acc, no_sum, w_ptrs, x_ptrs, load_w, (k_dim - start - first)[:, None], None,
+            acc, no_sum, w_ptrs, x_ptrs, load_w, (k_dim - start - first)[:, None], load_a[None, :],
             scale_ptrs + group, zero_ptrs + group, row_left,
             BITS, GROUP, HAS_ZEROS, EVEN,
         )  # fmt: skip
@@ -161,10 +166,9 @@ def moe_quantized_gemm_kernel(
     first_row = tl.load(blocks + capacity + block)
     rows = tl.load(blocks + 2 * capacity + block)
     if expert >= 0:
-        # Rows past the block's end repeat its last row: no mask in the loop, and not stored. A
-        # block has none where PyTorch runs the kernel on zeros, while it makes a package.
-        row = first_row + tl.maximum(tl.minimum(tl.arange(0, BLOCK_M), rows - 1), 0)
-        pair = tl.load(order + row)
+        row = first_row + tl.arange(0, BLOCK_M)
+        in_block = tl.arange(0, BLOCK_M) < rows
+        pair = tl.load(order + row, mask=in_block, other=0)
         a_row = row if A_SORTED else pair // a_repeat
         n, exists = up_rows(n_block, inner, GATE, "k", BLOCK_N)
         e = expert.to(tl.int64)
@@ -175,7 +179,7 @@ def moe_quantized_gemm_kernel(
             routing = tl.load(routing_ptrs + (pair % TOP_K) * stride_sk)
         acc = quantized_gemm_tile(
             a, w + e * rows_w * row_words, scales + e * rows_w * groups,
-            zeros + e * rows_w * groups, a_row.to(tl.int64), n, exists,
+            zeros + e * rows_w * groups, a_row.to(tl.int64), in_block, n, exists,
             k_dim, row_words, groups, stride_a,
             BITS, GROUP, HAS_ZEROS, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
@@ -216,10 +220,10 @@ def quantized_linear_kernel(
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = n < n_dim
-    # Rows past the end repeat the last: no mask in the loop, and not stored.
+    # Rows of w past the end repeat the last: no mask in the loop, and not stored.
     row = tl.minimum(n, n_dim - 1)
     acc = quantized_gemm_tile(
-        x, w, scales, zeros, tl.minimum(m, tokens - 1).to(tl.int64), row, exists,
+        x, w, scales, zeros, m.to(tl.int64), m < tokens, row, exists,
         k_dim, row_words, groups, stride_x,
         BITS, GROUP, HAS_ZEROS, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip

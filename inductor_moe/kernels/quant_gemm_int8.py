@@ -86,6 +86,7 @@ def int8_gemm_tile(
     scales,  # [N, groups]
     zeros,
     a_row,  # [BLOCK_M] int64, rows of a
+    load_a,  # [BLOCK_M] those that exist, zeros in the place of others
     n,  # [BLOCK_N] rows of w
     exists,  # [BLOCK_N]
     k_dim,
@@ -114,8 +115,8 @@ def int8_gemm_tile(
         else:
             in_row = byte < 2 * row_words - start // 2
             pairs = tl.load(w_ptrs, mask=exists[:, None] & in_row[None, :], other=0)
-        low = tl.load(x_ptrs)
-        high = tl.load(x_ptrs + 32)
+        low = tl.load(x_ptrs, mask=load_a[None, :], other=0)
+        high = tl.load(x_ptrs + 32, mask=load_a[None, :], other=0)
         for part in tl.static_range(BLOCK_K // GROUP):
             own = pairs
             if GROUP == 32:
@@ -126,11 +127,11 @@ def int8_gemm_tile(
             group = start // GROUP + part
             load = exists if EVEN else exists & (start + part * GROUP < k_dim)
             scale = tl.load(scales + n_offset * groups + group, mask=load, other=0.0)
-            x_scale = tl.load(a_scales + a_row * a_groups + group)
+            x_scale = tl.load(a_scales + a_row * a_groups + group, mask=load_a, other=0.0)
             value = product.to(tl.float32)
             if HAS_ZEROS:
                 zero = tl.load(zeros + n_offset * groups + group, mask=load, other=8.0)
-                x_sum = tl.load(a_sums + a_row * a_groups + group)
+                x_sum = tl.load(a_sums + a_row * a_groups + group, mask=load_a, other=0.0)
                 value -= (16.0 * (zero.to(tl.float32) - 8.0))[:, None] * x_sum[None, :]
             acc += scale.to(tl.float32)[:, None] * (x_scale[None, :] * value)
         w_ptrs += BLOCK_K // 2
@@ -189,10 +190,9 @@ def moe_int8_gemm_kernel(
     first_row = tl.load(blocks + capacity + block)
     rows = tl.load(blocks + 2 * capacity + block)
     if expert >= 0:
-        # Rows past the block's end repeat its last row: no mask in the loop, and not stored. A
-        # block has none where PyTorch runs the kernel on zeros, while it makes a package.
-        row = first_row + tl.maximum(tl.minimum(tl.arange(0, BLOCK_M), rows - 1), 0)
-        pair = tl.load(order + row)
+        row = first_row + tl.arange(0, BLOCK_M)
+        in_block = tl.arange(0, BLOCK_M) < rows
+        pair = tl.load(order + row, mask=in_block, other=0)
         a_row = row if A_SORTED else pair // a_repeat
         n, exists = up_rows(n_block, inner, GATE, "k", BLOCK_N)
         e = expert.to(tl.int64)
@@ -203,7 +203,7 @@ def moe_int8_gemm_kernel(
             routing = tl.load(routing_ptrs + (pair % TOP_K) * stride_sk)
         acc = int8_gemm_tile(
             a, a_scales, a_sums, w + e * rows_w * row_words, scales + e * rows_w * groups,
-            zeros + e * rows_w * groups, a_row.to(tl.int64), n, exists,
+            zeros + e * rows_w * groups, a_row.to(tl.int64), in_block, n, exists,
             k_dim, row_words, groups, width, a_groups,
             GROUP, HAS_ZEROS, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
@@ -246,10 +246,10 @@ def int8_linear_kernel(
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = n < n_dim
-    # Rows past the end repeat the last: no mask in the loop, and not stored.
+    # Rows of w past the end repeat the last: no mask in the loop, and not stored.
     row = tl.minimum(n, n_dim - 1)
     acc = int8_gemm_tile(
-        x, x_scales, x_sums, w, scales, zeros, tl.minimum(m, tokens - 1).to(tl.int64), row, exists,
+        x, x_scales, x_sums, w, scales, zeros, m.to(tl.int64), m < tokens, row, exists,
         k_dim, row_words, groups, width, x_groups,
         GROUP, HAS_ZEROS, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
