@@ -47,7 +47,8 @@ KERNELS = {
     "delta_decode": "delta_decode_kernel, delta_decode_tail_kernel",
     "attention_decode": "attention_decode_kernel, attention_combine_kernel",
     "quantized_linear": "one token: quantized_vector_kernel, quantized_up_decode_kernel; more: "
-    f"quantized_slices_kernel, quantized_linear_kernel ({INT8} int8_linear_kernel)",
+    f"quantized_slices_kernel, quantized_linear_kernel ({INT8} int8_linear_kernel), on Hopper "
+    "from 512 on widen_kernel and a library's product",
     "merged_linear": "one token: merged_vector_kernel, merged_linear_kernel; more: "
     "merged_rows_kernel",
     "moe_experts_quantized": f"few tokens: {UP}, {DOWN}; more: {SORT}, "

@@ -257,8 +257,8 @@ def vector_tiles(layer: QuantizedLinear) -> Iterator[VectorTile]:
 def gemm_tiles(block_m: int) -> Iterator[GemmTile]:
     small = ((64, 128, 4, 3), (64, 128, 4, 5), (128, 128, 4, 3), (128, 128, 8, 3), (32, 128, 4, 4),
              (64, 64, 4, 4))  # fmt: skip
-    large = ((64, 64, 4, 3), (64, 128, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 3),
-             (128, 128, 8, 2))  # fmt: skip
+    large = ((64, 64, 4, 3), (64, 128, 4, 3), (128, 64, 4, 3), (128, 128, 4, 3), (128, 64, 8, 3),
+             (128, 64, 8, 4), (128, 128, 8, 3), (128, 128, 8, 2))  # fmt: skip
     for block_n, block_k, warps, stages in small if block_m <= 32 else large:
         yield GemmTile(block_n, block_k, 8, warps, stages)
 
@@ -266,7 +266,7 @@ def gemm_tiles(block_m: int) -> Iterator[GemmTile]:
 def heights(tokens: int) -> list[int]:
     """Rows of a block worth trying; 0 is the kernels for few pairs."""
     per_expert = tokens * TOP_K / EXPERTS
-    found = [m for m in (16, 32, 64, 128) if per_expert / 4 < m <= max(16, 2 * per_expert)]
+    found = [m for m in (16, 32, 64, 128) if per_expert / 4 <= m <= max(16, 2 * per_expert)]
     return [0, *found] if tokens * TOP_K <= 256 else found
 
 

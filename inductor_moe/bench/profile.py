@@ -24,7 +24,7 @@ CLASSES = {
     "experts": r"moe_|quantized_(up|down)_|grouped_?(mm|gemm)",
     "delta rule": r"delta_|conv1d|convolution|depthwise",
     "attention": r"flash|fmha|attention|sdpa",
-    "dense": r"quantized_(vector|slices)|gem[mv]|cublas|cutlass|nvjet|splitk|triton_tem"
+    "dense": r"quantized_(vector|slices)|widen_|gem[mv]|cublas|cutlass|nvjet|splitk|triton_tem"
     r"|(add|b|^|::)mm\b|linear|merged|matmul",
     "norms, elementwise": r"triton_|norm_rope|quantize_|elementwise|reduce|cpp_fused|aten::"
     r"|vectorized",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from inductor_moe.kernels.quant_decode import (
@@ -33,7 +34,7 @@ from inductor_moe.ops.moe_cuda import (
     _sort,
     _tokens,
 )
-from inductor_moe.ops.quant_gemm_cuda import grouped_gemm, linear_gemm
+from inductor_moe.ops.quant_gemm_cuda import grouped_gemm, linear_gemm, widened
 from inductor_moe.ops.quant_vector_cuda import (
     down_vector,
     linear_vector,
@@ -51,6 +52,7 @@ from inductor_moe.quant_tiles import (
     choose_int8_plan,
     choose_quantized_plan,
     step_of,
+    widens,
 )
 from inductor_moe.reference.quant import BITS
 from inductor_moe.tiles import GemmTile, gpu_of
@@ -143,13 +145,17 @@ def quantized_linear_cuda(
     """`quantized_linear` on Triton kernels. `settled`: of the weight, see `_Weight`."""
     tokens = x.shape[0]
     weight = _Weight.of(packed, scales, zeros, group_size, x.shape[1], settled)
+    layer = QuantizedLinear(weight.rows, weight.in_features, weight.bits, group_size)
+    hint = _tokens(x, tokens_hint)
+    gpu = gpu_of(x.device.index)
+    if plan is None and not int8_activations and widens(layer, hint, gpu):
+        wide = widened(weight, x.dtype, wrap)
+        return F.linear(x, wide, None if bias is None else bias.to(x.dtype))
     out = torch.empty((tokens, weight.rows), dtype=x.dtype, device=x.device)
     if isinstance(tokens, int) and tokens == 0:
         return out
-    layer = QuantizedLinear(weight.rows, weight.in_features, weight.bits, group_size)
-    hint = _tokens(x, tokens_hint)
     choose = choose_int8_plan if int8_activations else choose_quantized_plan
-    plan = plan or choose(layer, hint, gpu_of(x.device.index))
+    plan = plan or choose(layer, hint, gpu)
     x = _inner_contiguous(x)
     bias_rows = None if bias is None else bias[None]
     if isinstance(plan.up, VectorTile) and isinstance(tokens, int) and tokens == 1:

@@ -14,6 +14,7 @@ from inductor_moe.kernels.quant_gemm_int8 import (
     quantize_activations_kernel,
 )
 from inductor_moe.kernels.quant_slices import quantized_slices_kernel
+from inductor_moe.kernels.quant_widen import widen_kernel
 from inductor_moe.ops.moe_cuda import Activation, Wrap, _bias_args, _cdiv, _Routed
 from inductor_moe.tiles import GemmTile
 
@@ -107,6 +108,17 @@ def linear_gemm(
         GROUP_M=tile.group_m, BLOCK_M=plan.block_m, BLOCK_N=tile.block_n, BLOCK_K=step,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+
+
+def widened(weight: _Weight, dtype: torch.dtype, wrap: Wrap) -> Tensor:
+    """A packed weight [N, words] as [N, K] of dtype."""
+    rows, inputs = weight.rows, weight.in_features
+    out = torch.empty((rows, inputs), dtype=dtype, device=weight.packed.device)
+    wrap(widen_kernel)[(_cdiv(rows, 8), _cdiv(inputs, 256))](
+        *weight.tensors(), out, rows, inputs, *weight.sizes(), **weight.constants(),
+        BLOCK_N=8, BLOCK_K=256, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return out
 
 
 def quantize_activations(

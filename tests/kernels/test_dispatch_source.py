@@ -9,13 +9,14 @@ from unittest import mock
 import pytest
 import torch
 from kernels.generated import Drawn, source
+from kernels.test_moe_offline_compile import H100
 from torch._inductor.ir import FixedLayout
 from torch._inductor.virtualized import V
 
 from inductor_moe import compat
 from inductor_moe.compat import lowering
 from inductor_moe.lowerings import moe as moe_lowerings
-from inductor_moe.ops import moe, quant
+from inductor_moe.ops import moe, quant, quant_cuda
 from inductor_moe.ops.delta_rule import delta_rule
 from inductor_moe.ops.moe_checks import check_up
 
@@ -154,6 +155,23 @@ def test_what_several_launches_read_is_computed_once(tokens, package):
     buffers = [text.split(", -1, ")[0] for name, text in calls if name == first]
     assert set(buffers) == {buffers[0]}
     assert "clone" not in code
+
+
+@pytest.mark.parametrize("package", [False, True])
+@pytest.mark.parametrize("most, wide", [(512, False), (4096, True)])
+def test_a_linear_layer_of_many_rows_is_a_library_product(monkeypatch, package, most, wide):
+    monkeypatch.setattr(quant_cuda, "gpu_of", lambda *_: H100)
+    drawn = Drawn(2, most, most // 2)
+    packed, scales = drawn.tensor(4096, 512, dtype=CODES), drawn.tensor(4096, 16)
+
+    def run(x, packed, scales):
+        return quant.quantized_linear(x, packed, scales, None, None, 128)
+
+    code = source(drawn, run, [drawn.tensor(drawn.tokens, 2048), packed, scales], package)
+    assert (
+        ("widen_kernel" in code) == wide == bool(re.search(r"extern_kernels\.mm|mm_out\(", code))
+    )
+    assert ("quantized_linear_kernel" in code) != wide
 
 
 def test_fakes_lie_where_their_buffers_do():

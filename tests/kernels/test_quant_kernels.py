@@ -12,7 +12,7 @@ import torch
 from kernels.interpreted import Interpreted
 from torch import Tensor
 
-from inductor_moe.ops import quant_cuda
+from inductor_moe.ops import quant_cuda, quant_gemm_cuda
 from inductor_moe.quant.fit import Packed, Scheme, quantize_weight
 from inductor_moe.quant_tiles import PartsTile, QuantizedPlan, VectorTile
 from inductor_moe.reference.moe import (
@@ -126,6 +126,19 @@ def test_linear(plan, scheme):
     reference = x.double() @ exact(weight, kind, inputs).T + bias.double()
     assert found.dtype == dtype
     assert relative_error(found, reference) <= LIMIT
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_weight_of_16_bits(scheme, dtype):
+    kind, inputs = SCHEMES[scheme], 200
+    held = packed((41, inputs), kind, dtype)
+    weight = quant_cuda._Weight.of(*arguments(held, kind), inputs)
+    found = quant_gemm_cuda.widened(weight, dtype, Interpreted)
+    assert found.dtype == dtype and found.shape == (41, inputs)
+    reference = exact(held, kind, inputs)
+    rounding = relative_error(reference.to(dtype), reference)
+    assert relative_error(found, reference) <= rounding * 1.01
 
 
 def product(x, weight, kind, bias, plan):

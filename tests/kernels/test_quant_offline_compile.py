@@ -30,6 +30,7 @@ from inductor_moe.quant_tiles import (
     choose_int8_plan,
     choose_quantized_plan,
     linear_by_rule,
+    widens,
 )
 from inductor_moe.tiles import GemmTile, generic_gpu
 
@@ -206,7 +207,7 @@ def test_one_row_by_rule(outputs, inputs, steps):
 
 
 @pytest.mark.parametrize(
-    ("rows", "block_m"), [(2, 8), (8, 8), (9, 16), (17, 32), (33, 64), (64, 64), (65, 128)]
+    ("rows", "block_m"), [(2, 8), (8, 8), (9, 16), (17, 32), (33, 64), (64, 64)]
 )
 def test_few_rows_fill_a_block_of_a_linear_layer(rows, block_m):
     layer = QuantizedLinear(12352, 2048, 4, 128)  # its entry of the table is for one row
@@ -219,6 +220,36 @@ def test_few_rows_fill_a_block_of_a_linear_layer(rows, block_m):
     assert narrow.up.parts == (8 if slices else 1)
     fine = linear_by_rule(dataclasses.replace(layer, group_size=64), rows, H100)
     assert fine.block_m == max(16, block_m)
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "bits", "rows", "block_m", "block_n"), [
+    (12352, 2048, 4, 65, 64, 128), (4096, 2048, 4, 256, 32, 128), (4096, 2048, 4, 384, 64, 128),
+    (2048, 4096, 4, 384, 32, 128), (512, 2048, 4, 500, 32, 128), (4096, 2048, 8, 100, 64, 64),
+])  # fmt: skip
+def test_blocks_of_many_rows_fill_the_gpu(outputs, inputs, bits, rows, block_m, block_n):
+    layer = QuantizedLinear(outputs, inputs, bits, 128 if bits == 4 else 0)
+    plan = choose_quantized_plan(layer, rows, H100)
+    assert (plan.block_m, plan.up.block_n, plan.up.block_k) == (block_m, block_n, 128)
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "rows", "expected"), [
+    (12352, 2048, 511, False), (12352, 2048, 512, True), (1024, 2048, 512, True),
+    (512, 2048, 512, False), (512, 2048, 4095, False), (512, 2048, 4096, True),
+    (65536, 2048, 512, True), (65537, 2048, 4096, False),
+])  # fmt: skip
+def test_weights_of_many_rows_are_widened(outputs, inputs, rows, expected):
+    layer = QuantizedLinear(outputs, inputs, 4, 128)
+    assert widens(layer, rows, H100) == expected
+    for other in (generic_gpu((8, 0)), generic_gpu((10, 0)), None):
+        assert not widens(layer, rows, other)
+
+
+@pytest.mark.parametrize(("tokens", "bits", "block_m"), [
+    (640, 4, 32), (1536, 4, 32), (1600, 4, 64), (65536, 4, 64), (640, 8, 32), (65536, 8, 128),
+])  # fmt: skip
+def test_blocks_of_experts_with_rows(tokens, bits, block_m):
+    layer = QuantizedExperts(4, 128, 1024, 384, True, bits, 128 if bits == 4 else 0)
+    assert choose_quantized_plan(layer, tokens, H100).block_m == block_m
 
 
 @pytest.mark.parametrize(("outputs", "inputs", "bits", "group", "rows", "expected"), [
