@@ -148,16 +148,16 @@ def quantized_linear_cuda(
     layer = QuantizedLinear(weight.rows, weight.in_features, weight.bits, group_size)
     hint = _tokens(x, tokens_hint)
     gpu = gpu_of(x.device.index)
-    if plan is None and not int8_activations and widens(layer, hint, gpu):
-        wide = widened(weight, x.dtype, wrap)
-        return F.linear(x, wide, None if bias is None else bias.to(x.dtype))
+    plain = not int8_activations and (bias is None or bias.dtype == x.dtype)
+    if plan is None and plain and widens(layer, hint, gpu):
+        return F.linear(x, widened(weight, x.dtype, wrap), bias)
     out = torch.empty((tokens, weight.rows), dtype=x.dtype, device=x.device)
     if isinstance(tokens, int) and tokens == 0:
         return out
     choose = choose_int8_plan if int8_activations else choose_quantized_plan
     plan = plan or choose(layer, hint, gpu)
     x = _inner_contiguous(x)
-    bias_rows = None if bias is None else bias[None]
+    bias_rows = None if bias is None else bias.unsqueeze(0)
     if isinstance(plan.up, VectorTile) and isinstance(tokens, int) and tokens == 1:
         linear_vector(x, weight, layer, bias, out, plan.up, wrap)
         return out

@@ -42,7 +42,8 @@ def test_linear_layers(scheme, outputs, inputs, dtype):
     torch.manual_seed(outputs)
     weights, exact = packed((outputs, inputs), scheme, dtype)
     x = torch.randn(1025, inputs, device="cuda").to(dtype)
-    for bias in (None, torch.randn(outputs, device="cuda")):
+    wide = torch.randn(outputs, device="cuda")
+    for bias in (None, wide.to(dtype), wide):
         expected = x.double() @ exact.T + (0 if bias is None else bias.double())
         for tokens in (17, 33, 65, 100, 300, 511, 512, 513, 1025):
             poison_free_memory()

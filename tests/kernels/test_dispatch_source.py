@@ -158,19 +158,25 @@ def test_what_several_launches_read_is_computed_once(tokens, package):
 
 
 @pytest.mark.parametrize("package", [False, True])
-@pytest.mark.parametrize("most, wide", [(512, False), (4096, True)])
-def test_a_linear_layer_of_many_rows_is_a_library_product(monkeypatch, package, most, wide):
+@pytest.mark.parametrize(
+    "most, bias, wide",
+    [(512, None, False), (4096, None, True), (4096, torch.bfloat16, True), (4096, FLOAT, False)],
+)
+def test_a_linear_layer_of_many_rows_is_a_library_product(monkeypatch, package, most, bias, wide):
+    """But not with a bias in fp32, which a library would round before it adds it."""
     monkeypatch.setattr(quant_cuda, "gpu_of", lambda *_: H100)
     drawn = Drawn(2, most, most // 2)
     packed, scales = drawn.tensor(4096, 512, dtype=CODES), drawn.tensor(4096, 16)
+    tensors = [drawn.tensor(drawn.tokens, 2048), packed, scales]
+    if bias is not None:
+        tensors.append(drawn.tensor(4096, dtype=bias))
 
-    def run(x, packed, scales):
-        return quant.quantized_linear(x, packed, scales, None, None, 128)
+    def run(x, packed, scales, *bias):
+        return quant.quantized_linear(x, packed, scales, None, *(bias or (None,)), 128)
 
-    code = source(drawn, run, [drawn.tensor(drawn.tokens, 2048), packed, scales], package)
-    assert (
-        ("widen_kernel" in code) == wide == bool(re.search(r"extern_kernels\.mm|mm_out\(", code))
-    )
+    code = source(drawn, run, tensors, package)
+    assert ("widen_kernel" in code) == wide
+    assert bool(re.search(r"extern_kernels\.(add)?mm|mm_out\(", code)) == wide
     assert ("quantized_linear_kernel" in code) != wide
 
 
