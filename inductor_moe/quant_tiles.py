@@ -275,13 +275,13 @@ def slices_by_rule(layer: QuantizedLinear, rows: int, gpu: Gpu) -> QuantizedPlan
 
 
 def _linear_tile(rows: int, gpu: Gpu) -> tuple[int, GemmTile]:
-    """Rows of a block and the tile: few rows fill the block, as the rest of it reads the last row
-    again, which all programs then ask L2 for (measured on an H100, 12352 outputs of 2048 inputs,
-    4 to 64 rows)."""
+    """Rows of a block, the fewest that hold them all, and the tile (measured on an H100, 12352
+    outputs of 2048 inputs, 4 to 64 rows)."""
     for block_m, tile in (
         (8, GemmTile(64, 128, 8, 4, 4)),
         (16, GemmTile(64, 128, 8, 4, 4)),
-        (32, GemmTile(128, 128, 8, 4, 4)),
+        # In four warps Blackwell's would spill for int8 weights.
+        (32, GemmTile(128, 128, 8, 8 if gpu.capability[0] >= 10 else 4, 4)),
         (64, GemmTile(128, 128, 8, 8, 4)),
     ):
         if rows <= block_m:
