@@ -172,7 +172,8 @@ def experts_by_rule(layer: QuantizedExperts, tokens: int, gpu: Gpu) -> Quantized
     """Few pairs: a program's weights in one wave of loads. Many: blocks of an expert's rows.
 
     Unpacking costs about 1.5 instructions a weight and program, so blocks are taller than those
-    for unpacked weights before experts repeat.
+    for unpacked weights before experts repeat. Those of 4 bits on Hopper are as measured on an
+    H100 (256 experts of 2048 inputs and 512, 512 to 16384 tokens).
     """
     pairs = tokens * layer.top_k
     per_expert = pairs / layer.experts

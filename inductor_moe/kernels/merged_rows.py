@@ -93,7 +93,7 @@ def merged_rows_kernel(
     wait_for_inputs()
     block = tl.program_id(0)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    # Rows past the end repeat the last: no mask in the loop, and not stored.
+    # Rows past the end repeat the last for dense weights, whose loop has no mask; none is stored.
     x_row = tl.minimum(m, tokens - 1).to(tl.int64)
     dense_blocks = 0
     if DENSE:
