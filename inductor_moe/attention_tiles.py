@@ -1,4 +1,4 @@
-"""The tile of `attention_decode`: how a cache is cut among the programs of a GPU."""
+"""The tiles of `attention_decode` and `attention_prompt`: how a GPU's programs share a cache."""
 
 from __future__ import annotations
 
@@ -52,3 +52,47 @@ def choose_attention_tile(
     stages = max(2, min(4, 1 + buffers))
     splits = min(blocks, -(-gpu.multiprocessors // programs), MAX_SPLITS)
     return AttentionTile(block_g, block_l, splits, 8 if block_g > 32 else 4, stages)
+
+
+@dataclass(frozen=True)
+class PromptTile:
+    """block_m queries of a head by block_n positions at a time."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+def choose_prompt_tile(*, programs: int, queries: int, dim: int, gpu: Gpu | None) -> PromptTile:
+    """A tile by rule: sums that fit the registers, and tiles of keys that fit shared memory.
+
+    programs  query heads of the batch
+    dim       the larger head dim
+    """
+    gpu = gpu or generic_gpu((8, 0))
+    width = 1 << max(4, (dim - 1).bit_length())
+    major = gpu.capability[0]
+    if width > 128:
+        other = (64, 64, 8) if gpu.shared_memory > 131072 else (32, 32, 4)
+        chosen = {9: (128, 64, 8), 10: (128, 32, 8)}.get(major, other)
+    elif width == 128:
+        chosen = {9: (64, 64, 4), 10: (128, 64, 8)}.get(major, (64, 32, 4))
+    else:
+        chosen = {10: (128, 128, 8)}.get(major, (128, 64, 8))
+    block_m, block_n, warps = chosen
+    if block_m == 128 and programs * -(-queries // block_m) < gpu.multiprocessors:
+        block_m, block_n, warps = 64, 32, 4
+    while block_m > 16 and queries <= block_m // 2:
+        block_m, block_n, warps = block_m // 2, 32, 4
+    while block_n > 16 and _prompt_stages(block_m, block_n, width, gpu) < 2:
+        block_n //= 2
+    return PromptTile(
+        block_m, block_n, warps, min(3, _prompt_stages(block_m, block_n, width, gpu))
+    )
+
+
+def _prompt_stages(block_m: int, block_n: int, width: int, gpu: Gpu) -> int:
+    """Tiles of keys and values, of two bytes a number, that fit beside the queries and scores."""
+    queries = 2 * block_m * (width + block_n)
+    return (gpu.shared_memory - queries - 4096) // (4 * block_n * width)

@@ -46,6 +46,7 @@ KERNELS = {
     "not the scans",
     "delta_decode": "delta_decode_kernel, delta_decode_tail_kernel",
     "attention_decode": "attention_decode_kernel, attention_combine_kernel",
+    "attention_prompt": "attention_mask_kernel, attention_prompt_kernel",
     "quantized_linear": "one token: quantized_vector_kernel, quantized_up_decode_kernel; more: "
     f"quantized_slices_kernel, quantized_linear_kernel ({INT8} int8_linear_kernel), on Hopper "
     "from 512 on widen_kernel and a library's product",
@@ -284,9 +285,9 @@ def _router_flops(shapes: Shapes) -> int:
 
 
 def _attention_flops(shapes: Shapes) -> int:
-    """Two for each number of the cache and each query head that reads it."""
-    group = shapes["q"][1] // shapes["k"][1]
-    return 2 * group * (math.prod(shapes["k"]) + math.prod(shapes["v"]))
+    """Two for each number of the cache and each query that reads it, whatever a mask hides."""
+    queries = math.prod(shapes["q"][1:-1]) // shapes["k"][1]
+    return 2 * queries * (math.prod(shapes["k"]) + math.prod(shapes["v"]))
 
 
 _FLOPS: dict[str, Callable[[Shapes], int]] = {
@@ -298,6 +299,7 @@ _FLOPS: dict[str, Callable[[Shapes], int]] = {
     "delta_rule": _delta_flops,
     "delta_decode": lambda shapes: 6 * math.prod(shapes["recurrent_state"]),
     "attention_decode": _attention_flops,
+    "attention_prompt": _attention_flops,
     "quantized_linear": lambda shapes: 2 * math.prod(shapes["x"]) * shapes["packed"][0],
     "merged_linear": lambda shapes: 2 * math.prod(shapes["x"]) * _merged_rows(shapes),
     "moe_experts_quantized": _packed_experts_flops,

@@ -1,4 +1,4 @@
-"""Lowerings of decode attention and its rotary embedding: Triton on a GPU, aten elsewhere."""
+"""Lowerings of attention and its rotary embedding: Triton on a GPU, aten elsewhere."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 
 from inductor_moe import compat
 from inductor_moe.lowerings.trace import lower
-from inductor_moe.ops import attention, norm_rope
+from inductor_moe.ops import attention, attention_prompt, norm_rope
 from inductor_moe.ops.dispatch import kernels_serve
 
 
 def register() -> None:
-    """Register the lowerings of attention_decode, norm_rope and norm_rope_cache."""
+    """Register the lowerings of both attentions, norm_rope and norm_rope_cache."""
     lower(attention.attention_decode, attention_decode_lowering)
+    lower(attention_prompt.attention_prompt, attention_prompt_lowering)
     for op in (norm_rope.norm_rope, norm_rope.norm_rope_cache):
         lower(op, functools.partial(norm_rope_lowering, op))
 
@@ -32,5 +33,16 @@ def attention_decode_lowering(q: Any, k: Any, *args: Any) -> Any:
     return attention.attention_decode_cuda(
         q, k, *args,
         batch_hint=compat.size_hint(q.shape[0]), length_hint=compat.size_hint(k.shape[2]),
+        wrap=compat.wrap_triton,
+    )  # fmt: skip
+
+
+def attention_prompt_lowering(q: Any, *args: Any) -> Any:
+    """Two launches where the device runs our kernels, else aten's attention."""
+    if not kernels_serve(q, dtypes=attention_prompt.PROMPT_DTYPES):
+        return attention_prompt.attention_prompt_aten(q, *args)
+    return attention_prompt.attention_prompt_cuda(
+        q, *args,
+        batch_hint=compat.size_hint(q.shape[0]), queries_hint=compat.size_hint(q.shape[2]),
         wrap=compat.wrap_triton,
     )  # fmt: skip

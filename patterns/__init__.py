@@ -7,7 +7,7 @@ if __name__ == "patterns":
 
 from inductor_moe.patterns import all_reduce, dequantised, merged, quant
 from inductor_moe.patterns.attention import decode as attention_decode
-from inductor_moe.patterns.attention import rope
+from inductor_moe.patterns.attention import prompt, rope
 from inductor_moe.patterns.delta_rule import decode, heads, unrolled
 from inductor_moe.patterns.moe import (
     called,
@@ -38,6 +38,7 @@ ALL: tuple[Rewrite, ...] = (
     local.LOCAL,
     merged.MERGED,
     attention_decode.DECODE,
+    prompt.PROMPT,
     rope.ROPE,
     all_reduce.ALL_REDUCE,
 )

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from inductor_moe.attention_tiles import AttentionTile, choose_attention_tile
+from inductor_moe.ops.attention_checks import check_heads, check_mask_rows
 from inductor_moe.ops.dispatch import kernels_serve
 from inductor_moe.tiles import gpu_of
-
-MAX_HEAD_DIM = 256
 
 
 def check_attention(
@@ -25,40 +24,8 @@ def check_attention(
 ) -> None:
     """Raise ValueError naming the first argument of `attention_decode` that is off."""
     del scale
-    for name, tensor, letters in (("q", q, "B, Hq, D"), ("k", k, "B, Hkv, L, D"),
-                                  ("v", v, "B, Hkv, L, DV")):  # fmt: skip
-        if tensor.dim() != letters.count(",") + 1 or not tensor.dtype.is_floating_point:
-            raise ValueError(
-                f"attention_decode: {name} has dtype {tensor.dtype} and shape "
-                f"{list(tensor.shape)}; it must be a float tensor [{letters}]."
-            )
-        if tensor.dtype != q.dtype or tensor.device != q.device:
-            raise ValueError(
-                f"attention_decode: {name} is {tensor.dtype} on {tensor.device}; it must be like "
-                f"q, {q.dtype} on {q.device}."
-            )
-    batch, heads, dim = q.shape
-    if k.shape[0] != batch or k.shape[3] != dim:
-        raise ValueError(
-            f"attention_decode: k has shape {list(k.shape)}; for q of shape {list(q.shape)} it "
-            f"must be [{batch}, Hkv, L, {dim}]."
-        )
-    if v.shape[:3] != k.shape[:3]:
-        raise ValueError(
-            f"attention_decode: v has shape {list(v.shape)}; for k of shape {list(k.shape)} it "
-            f"must be {[*k.shape[:3]]} and its own head dim."
-        )
-    if k.shape[1] < 1 or heads % k.shape[1]:
-        raise ValueError(
-            f"attention_decode: q has {heads} heads; they must be a multiple of the "
-            f"{k.shape[1]} heads of k."
-        )
-    for name, tensor in (("k", k), ("v", v)):
-        if not 1 <= tensor.shape[3] <= MAX_HEAD_DIM:
-            raise ValueError(
-                f"attention_decode: {name} has head dim {tensor.shape[3]}; it must be between 1 "
-                f"and {MAX_HEAD_DIM}."
-            )
+    check_heads("attention_decode", q, k, v, "B, Hq, D")
+    batch, heads, _ = q.shape
     shape = (batch, heads, v.shape[3])
     if gate is not None and (
         gate.shape != shape or gate.dtype != q.dtype or gate.device != q.device
@@ -75,12 +42,7 @@ def check_attention(
             f"attention_decode: mask has dtype {mask.dtype} and shape {list(mask.shape)}; it must "
             f"be a bool or float tensor [{batch} or 1, 1, 1, {k.shape[2]}]."
         )
-    if mask.shape[0] != 1 and mask.shape[0] != batch:
-        raise ValueError(
-            f"attention_decode: mask has {mask.shape[0]} rows; it must have 1 or {batch}."
-        )
-    if mask.device != q.device:
-        raise ValueError(f"attention_decode: mask is on {mask.device}; q is on {q.device}.")
+    check_mask_rows("attention_decode", q, mask)
 
 
 @torch.library.custom_op("inductor_moe::attention_decode", mutates_args=(), device_types="cpu")

@@ -6,8 +6,25 @@ import operator
 
 import pytest
 import torch
-from torch._inductor.decomposition import select_decomp_table
-from torch.func import functionalize
+from attention_forms import (
+    FORMS,
+    HKV,
+    HQ,
+    INF,
+    B,
+    D,
+    L,
+    additive,
+    cudnn,
+    draw,
+    efficient,
+    exact,
+    flash,
+    fused,
+    on_cpu,
+    op_arguments,
+    repeat,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from inductor_moe.config import Options
@@ -17,47 +34,6 @@ from inductor_moe.patterns.attention.decode import DECODE
 from inductor_moe.testing import relative_error
 
 aten = torch.ops.aten
-B, HQ, HKV, L, D = 2, 6, 2, 21, 16
-INF = float("inf")
-
-
-def cudnn(q, k, v, mask, scale=None, dropout=0.0, causal=False):
-    return aten._scaled_dot_product_cudnn_attention(
-        q, k, v, mask, False, dropout, causal, False, scale=scale
-    )
-
-
-def efficient(q, k, v, mask, scale=None):
-    return aten._scaled_dot_product_efficient_attention(q, k, v, mask, False, scale=scale)
-
-
-def on_cpu(q, k, v, mask, scale=None):
-    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
-
-
-def overrideable(q, k, v, mask, scale=None):
-    return aten._scaled_dot_product_fused_attention_overrideable(q, k, v, mask, scale=scale)
-
-
-def flash(q, k, v, mask, scale=None):
-    assert mask is None
-    return aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
-
-
-def composite(q, k, v, mask, scale=None):
-    return (
-        torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale),
-    )
-
-
-FORMS = {f.__name__: f for f in (cudnn, efficient, on_cpu, overrideable, composite, flash)}
-
-
-def draw(batch=B, heads=HQ, kv_heads=HKV, length=L, dim=D, value_dim=D, dtype=torch.float32):
-    q = torch.randn(batch, heads, 1, dim)
-    k = torch.randn(batch, kv_heads, length, dim)
-    v = torch.randn(batch, kv_heads, length, value_dim)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def keep_of(batch=B, length=L):
@@ -66,47 +42,8 @@ def keep_of(batch=B, length=L):
     return keep
 
 
-def repeat(x, group=HQ // HKV):
-    batch, heads, length, dim = x.shape
-    x = x[:, :, None].expand(batch, heads, group, length, dim)
-    return x.reshape(batch, heads * group, length, dim)
-
-
-def additive(keep, dtype=torch.float32):
-    return torch.where(keep, torch.full([], 0.0, dtype=dtype), torch.full([], -INF, dtype=dtype))
-
-
-def exact(q, k, v, mask=None, scale=None):
-    """In fp64 with heads repeated by indexing."""
-    q, k, v = q.double(), k.double(), v.double()
-    head = torch.arange(q.shape[1]) // (q.shape[1] // k.shape[1])
-    scores = q @ k[:, head].transpose(2, 3) * (q.shape[3] ** -0.5 if scale is None else scale)
-    if mask is not None:
-        bool_mask = mask.dtype == torch.bool
-        scores = scores.masked_fill(~mask, -INF) if bool_mask else scores + mask.double()
-    return scores.softmax(-1) @ v[:, head]
-
-
-def fused(function, arguments):
-    """The graph of a function after the rewrites, and the one site in it.
-
-    Traced on fake tensors: most forms of attention have no kernel on a CPU.
-    """
-    graph = make_fx(
-        functionalize(function, remove="mutations"),
-        decomposition_table=select_decomp_table(),
-        tracing_mode="fake",
-    )(*arguments)
-    (site,) = rewrite(graph.graph, Options(strict=True))
-    graph.recompile()
-    return graph, site
-
-
-def op_arguments(function, *arguments):
-    """The fake values of the op's arguments after the rewrite."""
-    graph, _ = fused(function, arguments)
-    (node,) = (n for n in graph.graph.nodes if "attention_decode" in str(n.target))
-    return [a.meta["val"] if isinstance(a, torch.fx.Node) else a for a in node.args]
+def arguments_of(function, *arguments):
+    return op_arguments("attention_decode", function, *arguments)
 
 
 def check(function, arguments, expected, tolerance=2e-6):
@@ -135,7 +72,7 @@ def test_forms(name, scale):
     assert site.detail == f"B={B} Hq={HQ} Hkv={HKV} D={D} L={L}" + (
         "; mask" if keep is not None else ""
     )
-    found = op_arguments(function, q, k, v, keep)
+    found = arguments_of(function, q, k, v, keep)
     assert found[1].shape == k.shape and found[2].shape == v.shape
     assert keep is None or found[3].dtype == torch.bool
 
@@ -149,7 +86,7 @@ def test_a_padded_mask_is_read_before_its_padding():
 
     arguments = (q, k, v, keep_of())
     check(function, arguments, exact(*arguments))
-    assert op_arguments(function, *arguments)[3].dtype == torch.bool
+    assert arguments_of(function, *arguments)[3].dtype == torch.bool
 
 
 @pytest.mark.parametrize("form", [cudnn, efficient])
@@ -167,7 +104,7 @@ def test_a_bool_mask_as_cudnn_gets_it(form, dtype, hidden):
         )
         return form(q, repeat(k), repeat(v), mask.expand(B, HQ, 1, L))[0]
 
-    read = op_arguments(function, *arguments)[3].dtype
+    read = arguments_of(function, *arguments)[3].dtype
     handed = form is cudnn and rounded == torch.tensor(-65504.0, dtype=dtype).item()
     assert read == (torch.bool if handed or rounded == -INF else dtype)
 
@@ -279,7 +216,7 @@ def test_heads_are_repeated_in_the_order_of_the_graph(name):
         return on_cpu(q, keys(k), (values or keys)(v), None)[0]
 
     check(function, (q, k, v), exact(q, keys(k), (values or keys)(v)))
-    found = op_arguments(function, q, k, v)
+    found = arguments_of(function, q, k, v)
     assert found[1].shape[1] == found[2].shape[1] == heads
 
 
@@ -290,7 +227,7 @@ def test_one_head_of_keys():
         return on_cpu(q, k.expand(B, HQ, L, D), v.expand(B, HQ, L, D), None)[0]
 
     check(function, (q, k, v), exact(q, k, v))
-    assert op_arguments(function, q, k, v)[1].shape[1] == 1
+    assert arguments_of(function, q, k, v)[1].shape[1] == 1
 
 
 def test_groups_that_the_attention_itself_knows():
