@@ -165,7 +165,9 @@ def _graph_key(
     digest = hashlib.sha256(repr(fusion.uuid()).encode())
     # Strides between the inputs and the outputs are PyTorch's choice, as of an attention kernel,
     # and no part of its own key: a graph from its cache must find its report.
-    digest.update(gm.print_readable(print_output=False).encode())
+    # So are the comments, which say where a node comes from.
+    code = gm.print_readable(print_output=False).splitlines()
+    digest.update("\n".join(line for line in code if not line.lstrip().startswith("#")).encode())
     for value in example_inputs:
         if isinstance(value, torch.Tensor):
             text = f"{value.dtype} {tuple(value.shape)} {value.stride()} {value.device}"

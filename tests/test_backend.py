@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import warnings
+from pathlib import Path
 
 import forms
 import pytest
@@ -155,12 +156,9 @@ CACHED = """
 """
 
 
-def run_cached(folder, options=None):
-    environment = {
-        **os.environ,
-        "TORCHINDUCTOR_CACHE_DIR": str(folder),
-        "PYTHONPATH": os.path.dirname(forms.__file__),
-    }
+def run_cached(folder, options=None, sources=()):
+    path = os.pathsep.join([*map(str, sources), os.path.dirname(forms.__file__)])
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder), "PYTHONPATH": path}
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(CACHED)]
     result = subprocess.run(
         [*command, json.dumps(options or {})],
@@ -179,6 +177,11 @@ def test_a_second_process_hits_the_caches_and_still_has_the_report(tmp_path):
     assert second["cached"]
     assert second["counts"] == first["counts"] == {"moe_experts": 1, "moe_route": 1}
     assert second["detail"] == first["detail"]
+    # A model whose source has moved is in the cache as before.
+    source = Path(forms.__file__).read_text()
+    (tmp_path / "forms.py").write_text(f"\n\n{source}")
+    moved = run_cached(tmp_path, sources=[tmp_path])
+    assert moved == {**second, "cached": True}
     changed = run_cached(tmp_path, {"inductor_moe.disable": "moe.experts.grouped_mm"})
     assert changed["fx_hit"] == changed["autograd_hit"] == 0
     assert not changed["cached"]
