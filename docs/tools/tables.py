@@ -301,6 +301,29 @@ def sums_table(path: Path = RESULTS / "ranks" / "small_sums.json") -> str:
     )
 
 
+def prompts_table(path: Path = RESULTS / "attention" / "prompts.json") -> str:
+    """What `attention_prompt.py` has measured."""
+    held = json.loads(path.read_text())
+    ways = {
+        "inductor_moe": "inductor_moe", "repeat, cudnn, mask": "cuDNN, a mask",
+        "repeat, efficient, mask": "memory-efficient, a mask",
+        "cudnn, causal flag": "cuDNN, a flag",
+    }  # fmt: skip
+    lines = [_line(["model", "queries", "cache", "filled before", *ways.values(), "TFLOP/s"])]
+    lines.append(_line(["---", *["---:"] * (4 + len(ways))]))
+    for row in held["rows"]:
+        sizes = [f"{row[name]:,}" for name in ("queries", "length", "before")]
+        took = [_shown(row.get(way, {}).get("microseconds"), "{:,.1f}") for way in ways]
+        lines.append(_line([row["model"], *sizes, *took, f"{row['inductor_moe']['tflops']:.0f}"]))
+    models = " ".join(dict.fromkeys(row["model"] for row in held["rows"]))
+    return (
+        f"µs a layer, bf16, on one {held['gpu']}; torch {held['torch']}, triton "
+        f"{held['triton']}, commit {held['commit'][:9]}; `python "
+        f"examples/benchmarks/attention_prompt.py time --models {models} --json FILE`:\n\n"
+        + "\n".join(lines)
+    )
+
+
 def every_table(tables: list[Table]) -> str:
     """The page of all measurements."""
     ordered = sorted(tables, key=lambda table: (table.gpu, table.op, table.model))
@@ -360,6 +383,7 @@ def on_page_markdown(text: str, page: Any, **_: Any) -> str:
     whole = [f"## {g.title()}\n\n{g.caption()}\n\n{g.markdown()}" for g in load_generations()]
     text = text.replace("<!-- ranks -->", ranks_table())
     text = text.replace("<!-- small sums -->", sums_table())
+    text = text.replace("<!-- prompt attention -->", prompts_table())
     tables = load()
     text = text.replace("<!-- experts -->", experts_summary(tables))
     return text.replace("<!-- every benchmark -->", "\n\n".join([*whole, every_table(tables)]))

@@ -19,7 +19,7 @@ from inductor_moe.patterns.attention.read import (
 from inductor_moe.patterns.rewrite import Refusal, Rewrite
 from inductor_moe.patterns.walk import call, dtype, sizes
 
-# With fewer queries PyTorch's kernels are as fast.
+# The rows of the smallest block; fewer queries are left to PyTorch.
 LEAST_QUERIES = 16
 
 
