@@ -87,8 +87,8 @@ def exact(q, k, v, mask, scale):
 
 
 SHAPES = {
-    "qwen3_5": (1, 16, 2, 20, 40, 256, 256),
-    "odd dims": (2, 6, 2, 37, 67, 24, 40),
+    "qwen3_5": (1, 8, 1, 20, 40, 256, 256),
+    "odd dims": (2, 4, 2, 37, 67, 24, 40),
     "one head of keys": (2, 5, 1, 33, 35, 16, 16),
     "no groups": (2, 3, 3, 16, 35, 20, 16),
     "longer than its cache": (2, 2, 1, 50, 16, 16, 24),
@@ -108,7 +108,7 @@ def test_kernels(shape, kind, rows):
     rows = 1 if rows == "one mask" else q.shape[0]
     mask = MASKS[kind](rows, q.shape[2], k.shape[2])[:, None]
     expected = exact(q, k, v, mask, 0.2)
-    for tile in ((16, 16), (32, 64), (16, 128)):
+    for tile in ((16, 16), (32, 64), (16, 128)) if shape == "odd dims" else ((32, 64),):
         found = run(q, k, v, mask, 0.2, *tile)
         assert found.shape == expected.shape and found.transpose(1, 2).is_contiguous()
         if kind == "nothing":
@@ -160,8 +160,8 @@ def test_scores_far_apart():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["causal", "holes"])
 def test_low_precision_is_as_exact_as_eager(dtype, kind):
-    q, k, v = draw(2, 8, 2, 40, 83, 64, 64, dtype)
-    mask = MASKS[kind](2, 40, 83)[:, None]
+    q, k, v = draw(1, 4, 2, 40, 83, 64, 64, dtype)
+    mask = MASKS[kind](1, 40, 83)[:, None]
     expected = exact(q, k, v, mask, 0.3)
     found = run(q, k, v, mask, 0.3)
     assert found.dtype == dtype
@@ -219,15 +219,15 @@ H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 232448)
 
 @pytest.mark.parametrize("gpu", [H100, generic_gpu((8, 0)), generic_gpu((8, 6)), None], ids=str)
 @pytest.mark.parametrize("dim", [16, 64, 80, 128, 192, 256])
-@pytest.mark.parametrize("queries", [2, 17, 100, 512, 2048, 1 << 20])
-@pytest.mark.parametrize("programs", [1, 16, 128, 4096])
-def test_a_tile_fits_shared_memory_and_the_queries(programs, queries, dim, gpu):
-    tile = choose_prompt_tile(programs=programs, queries=queries, dim=dim, gpu=gpu)
+def test_a_tile_fits_shared_memory_and_the_queries(dim, gpu):
     width = max(16, 1 << (dim - 1).bit_length())
-    held = 2 * tile.block_m * (width + tile.block_n) + 4 * tile.block_n * width * tile.stages
-    assert held <= (gpu.shared_memory if gpu else 166912)
-    assert tile.stages >= 2 and tile.block_m >= 16 and tile.block_n >= 16
-    assert tile.block_m == 16 or tile.block_m < 2 * queries
-    processors = gpu.multiprocessors if gpu else 108
-    rows = -(-queries // tile.block_m)
-    assert tile.block_m <= 64 or programs * rows >= processors
+    for programs in (1, 16, 128, 4096):
+        for queries in (2, 17, 100, 512, 2048, 1 << 20):
+            tile = choose_prompt_tile(programs=programs, queries=queries, dim=dim, gpu=gpu)
+            keys = 4 * tile.block_n * width * tile.stages
+            held = 2 * tile.block_m * (width + tile.block_n) + keys
+            assert held <= (gpu.shared_memory if gpu else 166912)
+            assert tile.stages >= 2 and tile.block_m >= 16 and tile.block_n >= 16
+            assert tile.block_m == 16 or tile.block_m < 2 * queries
+            processors = gpu.multiprocessors if gpu else 108
+            assert tile.block_m <= 64 or programs * -(-queries // tile.block_m) >= processors
