@@ -206,10 +206,11 @@ def _read_mask(mask: fx.Node, batch: Any, queries: Any, length: Any, cudnn: bool
 def _is_condition(node: fx.Node, cudnn: bool) -> bool:
     """Whether node is 0 where a bool tensor holds and -inf, or what cuDNN gets, elsewhere."""
     hidden = [float("-inf")]
-    if cudnn:
+    if cudnn and dtype(node).is_floating_point:
         hidden.append(torch.tensor(CUDNN_HIDDEN, dtype=dtype(node)).item())
     return (
         is_call(node, aten.where.self)
+        and dtype(node).is_floating_point
         and dtype(node.args[0]) == torch.bool
         and is_number(node.args[1], 0)
         and any(is_number(node.args[2], value) for value in hidden)

@@ -123,6 +123,21 @@ def test_a_bool_mask_as_cudnn_gets_it():
     check(function, arguments, exact(*arguments))
 
 
+def test_a_mask_turned_by_a_choice_between_bools():
+    hidden = torch.tensor(-65504.0, dtype=BF16).item()
+
+    def function(q, k, v, keep):
+        seen = torch.where(keep, torch.full([], False), torch.full([], True))
+        mask = torch.where(
+            seen, torch.full([], 0.0, dtype=BF16), torch.full([], hidden, dtype=BF16)
+        )
+        return cudnn(q, repeat(k), repeat(v), mask.expand(B, HQ, T, L))[0]
+
+    keep = keep_of()
+    arguments = (*inputs(), keep)
+    check(function, arguments, exact(*arguments[:3], ~keep))
+
+
 def test_the_output_lies_as_the_next_layer_reads_it():
     arguments = (*inputs(), keep_of())
 
