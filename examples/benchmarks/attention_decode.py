@@ -297,6 +297,17 @@ def sweep(budget: float) -> list[dict[str, Any]]:
     return rows
 
 
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows, and where and with what they were measured, as JSON."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    result = {
+        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "triton": triton.__version__, "commit": commit.stdout.strip(),
+        "date": datetime.date.today().isoformat(), "rows": rows,
+    }  # fmt: skip
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("check", "time", "sweep"))
@@ -306,14 +317,8 @@ def main() -> int:
     if options.what == "check":
         return check(options.budget)
     rows = time_all(options.budget) if options.what == "time" else sweep(options.budget)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    result = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "triton": triton.__version__, "commit": commit.stdout.strip(),
-        "date": datetime.date.today().isoformat(), "rows": rows,
-    }  # fmt: skip
     if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write(options.json, rows)
     return 0
 
 

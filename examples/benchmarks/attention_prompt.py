@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import itertools
 import json
 import math
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +27,7 @@ from typing import Any
 import torch
 import triton
 from attention_decode import MODELS as DECODE_MODELS
-from attention_decode import hide, microseconds
+from attention_decode import hide, microseconds, write
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -41,7 +39,7 @@ from inductor_moe.testing import relative_error
 from inductor_moe.tiles import gpu_of
 
 # Query heads, key heads, head dim.
-MODELS = {**DECODE_MODELS, "gpt-oss-20b": (64, 8, 64)}
+MODELS = {**DECODE_MODELS, "heads-of-64": (64, 8, 64)}
 # Queries, positions of the cache, and how many of them were filled before.
 CASES = ((2048, 2112, 0), (2048, 4160, 0), (512, 4160, 0), (8192, 8256, 0), (2048, 32768, 16384))
 TILES = [
@@ -222,14 +220,8 @@ def main() -> int:
     if options.what == "check":
         return check(options.budget)
     rows = measure(options.what, options.models, options.budget)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    result = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "triton": triton.__version__, "commit": commit.stdout.strip(),
-        "date": datetime.date.today().isoformat(), "rows": rows,
-    }  # fmt: skip
     if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write(options.json, rows)
     return 0
 
 

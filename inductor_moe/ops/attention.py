@@ -72,6 +72,15 @@ def attention_decode(
     return attention_decode_aten(q, k, v, mask, scale, gate)
 
 
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, Hkv, L, D] -> [B, heads, L, D], each head for its neighbours; x itself if it has all."""
+    group = heads // x.shape[1]
+    if group == 1:
+        return x
+    repeated = x[:, :, None].expand(-1, -1, group, -1, -1)
+    return repeated.reshape(x.shape[0], heads, x.shape[2], x.shape[3])
+
+
 def attention_decode_aten(
     q: Tensor,
     k: Tensor,
@@ -81,14 +90,7 @@ def attention_decode_aten(
     gate: Tensor | None = None,
 ) -> Tensor:
     """`attention_decode` in aten alone, traceable. A hidden position must not hold NaN."""
-    group = q.shape[1] // k.shape[1]
-    if group > 1:
-        k, v = (
-            x[:, :, None]
-            .expand(-1, -1, group, -1, -1)
-            .reshape(x.shape[0], q.shape[1], x.shape[2], x.shape[3])
-            for x in (k, v)
-        )
+    k, v = (repeat_heads(x, q.shape[1]) for x in (k, v))
     if mask is not None:
         mask = mask if mask.dtype in (torch.bool, q.dtype) else mask.float()
     out = torch.nn.functional.scaled_dot_product_attention(

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from inductor_moe.attention_tiles import PromptTile, choose_prompt_tile
+from inductor_moe.ops.attention import repeat_heads
 from inductor_moe.ops.attention_checks import check_heads, check_mask_rows
-from inductor_moe.ops.dispatch import PACKED_KERNEL_DTYPES, kernels_serve
+from inductor_moe.ops.dispatch import kernels_serve
 from inductor_moe.tiles import gpu_of
 
-PROMPT_DTYPES = PACKED_KERNEL_DTYPES
+PROMPT_DTYPES = (torch.bfloat16, torch.float16)  # in fp32 the tensor cores would round
 
 
 def check_prompt(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> None:
@@ -52,14 +53,7 @@ def attention_prompt(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
 
 def attention_prompt_aten(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """`attention_prompt` in aten alone, traceable."""
-    group = q.shape[1] // k.shape[1]
-    if group > 1:
-        k, v = (
-            x[:, :, None]
-            .expand(-1, -1, group, -1, -1)
-            .reshape(x.shape[0], q.shape[1], x.shape[2], x.shape[3])
-            for x in (k, v)
-        )
+    k, v = (repeat_heads(x, q.shape[1]) for x in (k, v))
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 

@@ -7,6 +7,7 @@ import torch
 from kernels.interpreted import Interpreted
 
 from inductor_moe.attention_tiles import PromptTile, choose_prompt_tile
+from inductor_moe.kernels.attention_prompt import WORD, attention_mask_kernel
 from inductor_moe.ops.attention_prompt import attention_prompt, attention_prompt_cuda
 from inductor_moe.reference.attention import attention_prompt_reference
 from inductor_moe.testing import relative_error
@@ -115,6 +116,25 @@ def test_kernels(shape, kind, rows):
             assert found.count_nonzero() == 0
         else:
             assert relative_error(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_the_bits_of_a_mask_and_how_much_its_blocks_show(kind):
+    rows, queries, length, block_m = 2, 37, 200, 16
+    mask = MASKS[kind](rows, queries, length).expand(rows, queries, length)
+    lines, total = -(-queries // block_m), -(-length // WORD.value)
+    words = torch.full((rows, queries, total), 77)
+    blocks = torch.full((rows, lines, total), 77, dtype=torch.int8)
+    Interpreted(attention_mask_kernel)[(1, lines, rows)](
+        mask, words, blocks, queries, length, *mask.stride(), BLOCK_M=block_m, ROWS=16, COUNT=8
+    )
+    wide = torch.nn.functional.pad(mask, (0, total * WORD.value - length))
+    bits = wide.view(rows, queries, total, WORD.value)
+    assert torch.equal(words[..., None] >> torch.arange(WORD.value) & 1, bits.long())
+    for line in range(lines):
+        seen = bits[:, line * block_m : (line + 1) * block_m]
+        found = seen.any(3).any(1).to(torch.int8) + seen.all(3).all(1)
+        assert torch.equal(blocks[:, line], found)
 
 
 def test_rows_with_nothing_to_see_are_zeros():
